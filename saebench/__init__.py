@@ -1,0 +1,3 @@
+"""Benchmark and evaluation harness for sparse autoencoders."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,220 @@
+"""saebench: train a baseline of every SAE variant, score SAEs, and compare them.
+
+Parsing and printing only. Nothing heavy is imported before it is needed.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saebench import __version__, registry
+from saebench.errors import UserError
+
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SuiteFile = Annotated[
+    Path, typer.Argument(help="a suite file, or the name of one that comes along")
+]
+ResultsFolder = Annotated[
+    Path, typer.Argument(help="the folder of one suite, such as results/quickstart")
+]
+Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # type: ignore[misc]
+
+
+@app.command()
+def run(  # noqa: PLR0913  (the options of the command)
+    suite: SuiteFile,
+    results: Annotated[Path, typer.Option(help="where results go")] = Path("results"),
+    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs go")] = Path("checkpoints"),
+    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="compute activations anew")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    only: Annotated[
+        str | None, typer.Option(help="only SAEs whose name matches, such as 'topk*'")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, do nothing")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code from the model's repository")
+    ] = False,
+) -> None:
+    """Train what is missing, score what is missing, write reports."""
+    path = _suite_path(suite)
+    loaded = _load_suite(path)
+    from saebench import runner
+
+    options = runner.Options(
+        results, checkpoints, None if no_cache else cache, _device(device), only, trust_remote_code
+    )
+    if dry_run:
+        _print("\n".join(runner.plan(loaded, path, options)))
+        return
+    failed = runner.run(loaded, path, options)
+    _print(_text_of(results / loaded.name))
+    if failed:
+        _complain(f"{failed} runs failed (see above); the others are finished and kept")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: ResultsFolder,
+    format: Annotated[
+        str | None, typer.Option(help="also write leaderboard files: md, csv, tex, comma-separated")
+    ] = None,
+) -> None:
+    """Print the leaderboard of finished runs."""
+    from saebench.reports.leaderboard import Leaderboard
+    from saebench.results import read
+
+    found = read(results)
+    _print(Leaderboard().text(found))
+    if format:
+        formats = tuple(part.strip() for part in format.split(","))
+        for path in Leaderboard(formats=formats)(found, results):
+            _print(f"wrote {path}")
+
+
+@app.command()
+def plot(
+    results: ResultsFolder,
+    out: Annotated[Path, typer.Option(help="figure to write: .pdf, .svg or .png")],
+    x: Annotated[str, typer.Option(help="metric along the axis")] = "l0",
+    y: Annotated[str, typer.Option(help="metric up the axis")] = "loss_recovered",
+) -> None:
+    """Draw one Pareto figure, ready for a paper."""
+    from saebench.reports.pareto import Pareto
+    from saebench.results import read
+
+    figure = Pareto(x=x, y=y)
+    figure.save(figure.draw(read(results)), out)
+    _print(f"wrote {out}")
+
+
+@app.command()
+def check(
+    what: Annotated[Path, typer.Argument(help="a suite file, or the folder of a checkpoint")],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Say everything that can be known of a suite or a checkpoint without running it."""
+    if what.is_dir():
+        _print("\n".join(_describe_checkpoint(what)))
+        return
+    path = _suite_path(what)
+    loaded = _load_suite(path)
+    from saebench import runner
+
+    options = runner.Options(
+        Path("results"), Path("checkpoints"), None, _device(device), None, False
+    )
+    _print("\n".join(runner.plan(loaded, path, options)))
+
+
+@app.command(name="list")
+def list_(kind: Annotated[Kind, typer.Argument(help="what to name")]) -> None:
+    """Name what a suite can name."""
+    if kind.value == "suites":
+        _print("\n".join(str(path) for path in registry.suites()))
+    else:
+        _print("\n".join(registry.names(kind.value)))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Train a baseline of every SAE variant, score SAEs, and compare them."""
+
+
+def main() -> int:
+    """The console script. A mistake of the user's is one message and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    return _guarded(app)
+
+
+def _guarded(command: Callable[..., Any]) -> int:
+    try:
+        command()
+    except UserError as error:
+        _complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on from here")
+        return 130
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def _suite_path(given: Path) -> Path:
+    """The file itself, or the suite of that name that comes along with the package."""
+    named = registry.folder("suites") / f"{given}.yaml"
+    return named if not given.exists() and named.exists() else given
+
+
+def _load_suite(path: Path) -> Any:
+    from saebench import suite
+
+    return suite.load(path)
+
+
+def _device(asked: str) -> str:
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UserError(f"--device is {asked!r}; expected auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but torch sees no GPU here; use --device cpu")
+    return asked
+
+
+def _describe_checkpoint(folder: Path) -> list[str]:
+    import torch
+
+    from saebench.loaders.native import native
+
+    sae, site = native(folder)
+    norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
+    return [
+        f"architecture: {type(sae).__name__}, {sae.d_in} dimensions, {sae.d_sae} latents",
+        f"site: {site}",
+        f"decoder norms: {norms.min():.4f} to {norms.max():.4f}, mean {norms.mean():.4f}",
+        "weights: finite, and the file that sae.json describes",
+    ]
+
+
+def _text_of(folder: Path) -> str:
+    from saebench.reports.leaderboard import Leaderboard
+    from saebench.results import read
+
+    return Leaderboard().text(read(folder))
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"saebench: {text}\n")

@@ -1,0 +1,41 @@
+"""A trained SAE whose decoder rows are dealt out to other latents: the same L0, densities and norms, no meaning.
+
+One for each width and L0, made of the suite's first SAE of that shape (or the first of the variant `of`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from saebench.controls._control import Asked, Control, Material, Planned, shapes
+from saebench.errors import UserError
+from saebench.saes._dictionary import Dictionary
+
+
+@final
+@dataclass(frozen=True)
+class PermutedDecoder(Control):
+    of: str | None = None
+    """Variant of the parents; None takes the first in the suite."""
+    seed: int = 0
+
+    def plan(self, asked: Sequence[Asked]) -> list[Planned]:
+        parents = [sae for sae in asked if self.of in (None, sae.variant)]
+        if not parents:
+            raise UserError(
+                f"the control permuted_decoder has no parent: the suite trains no {self.of or 'SAE'!r}; "
+                "name a variant that it trains, or drop the control"
+            )
+        first = {
+            shape: next(p for p in parents if (p.width, p.l0) == shape) for shape in shapes(parents)
+        }
+        return [Planned(f"-w{w}-l{l0:g}", w, l0, parent) for (w, l0), parent in first.items()]
+
+    def build(self, planned: Planned, material: Material) -> Dictionary:
+        assert planned.parent is not None, "planned from a trained SAE"
+        sae = material.trained(planned.parent.name)
+        generator = torch.Generator().manual_seed(self.seed)
+        sae.W_dec.copy_(sae.W_dec[torch.randperm(sae.d_sae, generator=generator)])
+        return sae

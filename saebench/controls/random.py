@@ -1,0 +1,68 @@
+"""Random directions of the same width and L0 as the trained SAEs.
+
+pre   = (x - mean) . d_i,  z = pre where pre > threshold,  x_hat = mean + g sum_i z_i d_i
+
+One threshold for all latents is set to the wanted L0 on the training stream, and one gain g to the least squared
+error there, so that the control is as good as random directions can be made without learning any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench import sparse
+from saebench.controls._control import Asked, Control, Material, Planned, shapes
+from saebench.saes._dictionary import Dictionary
+from saebench.saes.jumprelu import JumpReLU
+
+_TOKENS = 16_384
+_BISECTIONS = 40
+
+
+@final
+@dataclass(frozen=True)
+class Random(Control):
+    seed: int = 0
+
+    def plan(self, asked: Sequence[Asked]) -> list[Planned]:
+        return [Planned(f"-w{width}-l{l0:g}", width, l0) for width, l0 in shapes(asked)]
+
+    def build(self, planned: Planned, material: Material) -> Dictionary:
+        assert planned.width is not None and planned.l0 is not None, "planned from a trained SAE"
+        x = material.x[:_TOKENS]
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randn(planned.width, x.shape[1], generator=generator).to(x.device)
+        rows = torch.nn.functional.normalize(rows, dim=-1)
+        mean = x.mean(0)
+        sae = JumpReLU(x.shape[1], planned.width).to(x.device)
+        sae.W_enc.copy_(rows.T)
+        sae.W_dec.copy_(rows)
+        sae.b_enc.copy_(-(rows @ mean))
+        sae.b_dec.copy_(mean)
+        sae.threshold.fill_(_threshold_for(sae, x, planned.l0))
+        centred_hat, centred = sae.decode_sparse(sae.encode_sparse(x)) - mean, x - mean
+        sae.W_dec.mul_((centred_hat * centred).sum() / centred_hat.square().sum())
+        return sae.cpu()
+
+
+def _threshold_for(sae: JumpReLU, x: Float[Tensor, "n d_in"], l0: float) -> float:
+    """The threshold for all latents at which l0 of them are active per token of x, by bisection."""
+    chunks = sparse.token_chunks(x, sae.d_sae)
+
+    def active(threshold: float) -> float:
+        counts = (_pre(sae, chunk) > threshold for chunk in chunks)
+        return sum(int(c.sum()) for c in counts) / len(x)
+
+    low, high = 0.0, max(float(_pre(sae, chunk).max()) for chunk in chunks)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if active(middle) > l0 else (low, middle)
+    return high
+
+
+def _pre(sae: JumpReLU, x: Tensor) -> Tensor:
+    return torch.addmm(sae.b_enc, x, sae.W_enc)

@@ -1,0 +1,1 @@
+"""Checkpoint formats: path -> (SAE, Site). One file each."""

@@ -1,0 +1,77 @@
+"""Progress of long work, on the error stream: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Meter:
+    """Counts `total` pieces of work, with rate and time left. A context manager."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = self.first = done
+        self._began = self._shown = time.monotonic()
+        self._bar = _bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self.what, total=self.total, completed=self.done, rate=""
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._print_line()
+
+    def advance(self, amount: int) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, rate=self._rate())
+        elif now - self._shown > SECONDS_BETWEEN_LINES:
+            self._shown = now
+            self._print_line()
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return f"{(self.done - self.first) / seconds:,.0f} {self.unit}/s"
+
+    def _print_line(self) -> None:
+        seconds = time.monotonic() - self._began
+        pace = seconds / max(self.done - self.first, 1)
+        left = pace * (self.total - self.done)
+        say(
+            f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {self._rate()}, {left:.0f} s left"
+        )
+
+
+def say(line: str) -> None:
+    """One plain line on the error stream, never folded or coloured."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

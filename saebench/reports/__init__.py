@@ -1,0 +1,1 @@
+"""One file per report; the file name is the name a suite and the command line use."""

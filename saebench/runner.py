@@ -1,0 +1,519 @@
+"""Does what a suite asks for and what is not done yet: trains, scores, writes results and reports.
+
+All SAEs of a group look at the same batch before the next one is read, so that the language model's own work (its
+activations, its clean prediction) is done once for all of them; what an SAE costs is its encoder, its decoder and a
+forward pass resumed above the site.
+"""
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import logging
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import saebench
+from saebench import registry, results, trainer
+from saebench.cache import Cache
+from saebench.controls._control import Asked, Material, Planned
+from saebench.errors import UserError
+from saebench.progress import Meter, say
+from saebench.results import Entry, ScoreRow
+from saebench.saes._dictionary import Dictionary
+from saebench.subject import LanguageModel, load_model, rows_per_batch
+from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE
+from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
+from saebench.trainer import Stream, TrainRun
+from saebench.types import SAE, Batch, Eval, Score, Seen, Site, Skip, Spec, Tally
+
+log = logging.getLogger(__name__)
+
+GROUP = 8
+"""SAEs that share a pass over the evaluation text: a stopped run loses the scores of no more than these."""
+
+_CALIBRATION_TOKENS = 32_768
+CONTROLS_VERSION = 1
+"""Raised by every change that can move a control."""
+
+
+class Options(NamedTuple):
+    """Where a run reads and writes, from the command line."""
+
+    results: Path
+    checkpoints: Path
+    cache: Path | None
+    device: str
+    only: str | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An SAE to be scored, known before it is loaded."""
+
+    name: str
+    entry: Entry
+    site: Site
+    checksum: str
+    """Of its weights; of a control, of everything that determines them."""
+    load: Callable[[], SAE]
+
+
+class EvalRun(NamedTuple):
+    """One SAE under one eval: the smallest thing that is done or not done."""
+
+    candidate: Candidate
+    eval_name: str
+    eval: Eval
+    spec: Spec
+
+
+class Workbench:
+    """A suite with its model and text open."""
+
+    def __init__(self, suite: Suite, suite_file: Path, options: Options) -> None:
+        self.suite, self.options = suite, options
+        self.folder = options.results / suite.name
+        loaded = load_model(
+            _model_id(suite, suite_file),
+            suite.model.revision,
+            suite.model.dtype,
+            options.device,
+            options.trust_remote_code,
+        )
+        self.tokens = open_text(suite, suite_file, loaded.tokenizer)
+        rows = rows_per_batch(loaded.model, suite.text.context)
+        self.subject = LanguageModel(
+            loaded.model, self.tokens, loaded.identity, Cache(options.cache), rows
+        )
+        for site in suite.sites:
+            self.subject.check_site(site)
+        self.stream = Stream(
+            self.subject,
+            suite.sites,
+            self.tokens.train,
+            special_mask(self.tokens.train, self.tokens.special_ids),
+            tokens=suite.text.train_tokens,
+            batch_tokens=suite.training.batch_tokens,
+            buffer_tokens=suite.training.buffer_tokens,
+            rows_at_a_time=rows,
+        )
+
+    def train_runs(self) -> list[TrainRun]:
+        return [self._train_run(sae) for sae in self.suite.trained()]
+
+    def candidates(self) -> list[Candidate]:
+        """SAEs that are trained by now, checkpoints and controls, in the suite's order."""
+        runs = self.train_runs()
+        trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
+        given = [self._given(checkpoint) for checkpoint in self.suite.checkpoints()]
+        return [*trained, *given, *self._controls(runs)]
+
+    def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
+        return [
+            EvalRun(candidate, name, eval_, self._spec(candidate, name, eval_))
+            for candidate in candidates
+            for name, eval_ in self.suite.evals
+        ]
+
+    def _train_run(self, sae: TrainedSAE) -> TrainRun:
+        return TrainRun(
+            sae,
+            self.subject.identity,
+            self.tokens.fingerprint_train,
+            self.suite.text.train_tokens,
+            self.suite.training.batch_tokens,
+            self.suite.training.buffer_tokens,
+        )
+
+    def _trained(self, run: TrainRun) -> Candidate:
+        sae = run.sae
+        folder = run.folder(self.options.checkpoints)
+        checksum = json.loads((folder / "sae.json").read_text())["checksum"]
+        entry = Entry("trained", sae.variant, sae.width, sae.l0, sae.seed, str(sae.site))
+        return Candidate(sae.name, entry, sae.site, checksum, lambda: _native(folder))
+
+    def _given(self, given: Checkpoint) -> Candidate:
+        sae, site = registry.get("loaders", given.format)(Path(given.checkpoint))
+        if site not in self.suite.sites:
+            sites = ", ".join(map(str, self.suite.sites))
+            raise UserError(f"{given.name} was trained at {site}; the suite looks at {sites}")
+        entry = Entry("checkpoint", given.format, sae.d_sae, None, None, str(site))
+        return Candidate(given.name, entry, site, weights_checksum(sae), lambda: sae)
+
+    def _controls(self, runs: Sequence[TrainRun]) -> list[Candidate]:
+        several = len(self.suite.sites) > 1
+        found = []
+        for site in self.suite.sites:
+            here = {run.sae.name: run for run in runs if run.sae.site == site}
+            asked = [
+                Asked(name, r.sae.variant, r.sae.width, r.sae.l0, results.key(r.spec()))
+                for name, r in here.items()
+            ]
+            for control in self.suite.controls:
+                for planned in control.value.plan(asked):
+                    parent = planned.parent and here[planned.parent.name]
+                    if parent and not parent.done(self.options.checkpoints):
+                        continue
+                    name = control.name + planned.suffix + (f"-{site}" if several else "")
+                    found.append(self._control(name, control, planned, site, here))
+        return found
+
+    def _control(
+        self,
+        name: str,
+        control: Plugin,
+        planned: Planned,
+        site: Site,
+        runs: dict[str, TrainRun],
+    ) -> Candidate:
+        spec = {
+            "control": control.name,
+            "version": CONTROLS_VERSION,
+            "parameters": dataclasses.asdict(control.value),
+            "planned": planned._asdict() | {"parent": planned.parent and planned.parent.identity},
+            "site": str(site),
+            "model": self.subject.identity,
+            "text": self.tokens.fingerprint_train,
+            "buffer_tokens": self.suite.training.buffer_tokens,
+        }
+        entry = Entry("control", control.name, planned.width, planned.l0, None, str(site))
+
+        def load() -> SAE:
+            x = self.stream.calibration(site, _CALIBRATION_TOKENS).cpu()
+            material = Material(
+                x, lambda parent: _native(runs[parent].folder(self.options.checkpoints))
+            )
+            with torch.no_grad():
+                sae: SAE = control.value.build(planned, material)
+            return sae
+
+        return Candidate(name, entry, site, f"made:{results.key(spec)}", load)
+
+    def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
+        return {
+            "sae": {"name": candidate.name, "checksum": candidate.checksum},
+            "site": str(candidate.site),
+            "model": self.subject.identity,
+            "text": {
+                "fingerprint": self.tokens.fingerprint_eval,
+                "context": self.tokens.context,
+                "sequences": len(self.tokens.evaluation),
+            },
+            "eval": {
+                "name": eval_name,
+                "version": eval_.version,
+                "params": dataclasses.asdict(eval_),
+            },
+        }
+
+
+def run(suite: Suite, suite_file: Path, options: Options) -> int:
+    """The whole suite. Returns the number of runs that failed; the others are finished and kept."""
+    with results.lock(options.results / suite.name):
+        bench = Workbench(suite, suite_file, options)
+        wanted = [r for r in bench.train_runs() if _chosen(r.sae.name, options.only)]
+        trainer.train_missing(wanted, bench.stream, options.checkpoints, options.device)
+        untrained = sum(not r.done(options.checkpoints) for r in bench.train_runs())
+        if untrained:
+            say(
+                f"{untrained} SAEs that --only leaves out are not trained yet, and not in the tables"
+            )
+        runs = bench.eval_runs(bench.candidates())
+        _write_manifest(bench, runs)
+        failed = score(bench, [r for r in runs if _to_do(bench, r)])
+        write_reports(suite, bench.folder)
+    return failed
+
+
+def plan(suite: Suite, suite_file: Path, options: Options) -> list[str]:
+    """What `run` would do, in lines."""
+    bench = Workbench(suite, suite_file, options)
+    runs = bench.train_runs()
+    missing = [r for r in runs if not r.done(options.checkpoints)]
+    widths = {site: bench.subject.width(site) for site in suite.sites}
+    groups = trainer.split_groups(missing, widths, trainer.memory_for_training(options.device))
+    rows, context = bench.tokens.evaluation.shape
+    d_all = sum(widths.values())
+    item = torch.empty((), dtype=bench.subject.dtype).element_size()
+    buffer = 4 * suite.training.buffer_tokens * d_all
+    needs = [sum(trainer.training_bytes(r, widths[r.sae.site]) for r in g) for g in groups]
+    lines = [
+        f"model: {bench.subject.identity['id']} at {bench.subject.identity['revision']}",
+        f"text: {suite.text.train_tokens:,} training tokens, {suite.text.eval_tokens:,} evaluation "
+        f"tokens in {rows} sequences of {context}",
+        f"to train: {len(missing)} of {len(runs)} SAEs in {len(groups)} passes of {bench.stream.steps} steps",
+        f"memory for training: {(max(needs, default=0) + buffer) / 2**30:.2f} GiB",
+        f"disk for the cache: {rows * context * d_all * item / 2**30:.2f} GiB of activations",
+    ]
+    lines += [f"  {'train' if r in missing else 'done '} {r.sae.name}" for r in runs]
+    evals = ", ".join(e.name for e in suite.evals)
+    return [
+        *lines,
+        f"each is scored with: {evals}; controls: {', '.join(c.name for c in suite.controls)}",
+    ]
+
+
+def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
+    """Scores in groups that share a pass over the evaluation text. Returns how many runs failed."""
+    if not runs:
+        return 0
+    failed = 0
+    by_site: dict[Site, dict[str, list[EvalRun]]] = {}
+    for run_ in runs:
+        here = by_site.setdefault(run_.candidate.site, {})
+        here.setdefault(run_.candidate.name, []).append(run_)
+    n_saes = sum(map(len, by_site.values()))
+    tokens = bench.subject.facts(bench.suite.sites[0]).n_tokens
+    with Meter(f"scoring {n_saes} SAEs", n_saes * tokens, "tokens") as meter:
+        for site, saes in by_site.items():
+            jobs = list(saes.values())
+            for start in range(0, len(jobs), GROUP):
+                failed += _score_group(bench, site, jobs[start : start + GROUP], meter)
+    return failed
+
+
+def write_reports(suite: Suite, folder: Path) -> None:
+    finished = results.read(folder)
+    for report in suite.reports:
+        for path in report.value(finished, folder):
+            log.info("wrote %s", path)
+
+
+class _Scoring:
+    """One SAE of a group, with the running sums of its evals."""
+
+    def __init__(self, bench: Workbench, runs: Sequence[EvalRun]) -> None:
+        self.bench, self.runs = bench, runs
+        candidate = runs[0].candidate
+        self.sae = _on_device(candidate.load(), bench.options.device)
+        self.seconds = 0.0
+        facts = bench.subject.facts(candidate.site)
+        self.tallies: dict[str, Tally] = {}
+        for run_ in runs:
+            try:
+                self.tallies[run_.eval_name] = run_.eval.start(self.sae, facts)
+            except Skip as reason:
+                self._skip(run_, reason)
+        self.needs_outcome = any(
+            run_.eval.needs_outcome for run_ in runs if run_.eval_name in self.tallies
+        )
+
+    def update(self, batch: Batch) -> None:
+        began = time.perf_counter()
+        code = self.sae.encode_sparse(batch.x)
+        x_hat = self.sae.decode_sparse(code)
+        outcome = batch.outcome(x_hat) if self.needs_outcome else None
+        seen = Seen(batch, code, x_hat, outcome)
+        for tally in self.tallies.values():
+            tally.update(seen)
+        self.seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        for run_ in self.runs:
+            if run_.eval_name not in self.tallies:
+                continue
+            try:
+                rows = [_row(run_.eval, s) for s in self.tallies[run_.eval_name].scores()]
+            except Skip as reason:
+                self._skip(run_, reason)
+                continue
+            results.write(self.bench.folder, run_.spec, rows, self._provenance())
+
+    def _skip(self, run_: EvalRun, reason: Skip) -> None:
+        results.write_skip(self.bench.folder, run_.spec, str(reason), self._provenance())
+
+    def _provenance(self) -> Spec:
+        return _provenance(self.bench.options.device) | {"seconds": round(self.seconds, 3)}
+
+
+def _score_group(
+    bench: Workbench, site: Site, jobs: Sequence[Sequence[EvalRun]], meter: Meter
+) -> int:
+    scorings: list[_Scoring] = []
+    failures = _Failures()
+    for runs in jobs:
+        with failures.noting(runs):
+            scorings.append(_Scoring(bench, runs))
+    with torch.no_grad():
+        for batch in bench.subject.evaluation(site):
+            for scoring in list(scorings):
+                with failures.noting(scoring.runs):
+                    scoring.update(batch)
+                if failures.has(scoring.runs):
+                    scorings.remove(scoring)
+            meter.advance(len(batch.x) * len(jobs))
+    for scoring in scorings:
+        with failures.noting(scoring.runs):
+            scoring.finish()
+    return failures.count
+
+
+class _Failures:
+    """Failed work is logged and counted, and the rest goes on. What the user can mend stops the suite."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._failed: set[str] = set()
+
+    @contextmanager
+    def noting(self, runs: Sequence[EvalRun]) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            name = runs[0].candidate.name
+            log.exception("scoring %s failed", name)
+            self._failed.add(name)
+            self.count += len(runs)
+
+    def has(self, runs: Sequence[EvalRun]) -> bool:
+        return runs[0].candidate.name in self._failed
+
+
+def weights_checksum(sae: SAE) -> str:
+    """SHA-256 over names, shapes and bytes of the weights."""
+    assert isinstance(sae, nn.Module), "loaders give modules"
+    digest = hashlib.sha256()
+    for name, weight in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_text(suite: Suite, suite_file: Path, tokenizer: PreTrainedTokenizerBase) -> TextTokens:
+    text = suite.text
+    return tokenize(
+        _source(suite, suite_file),
+        tokenizer,
+        text.context,
+        text.train_tokens,
+        text.eval_tokens,
+        text.eval_share,
+        text.train_passes,
+    )
+
+
+def _source(suite: Suite, suite_file: Path) -> Source:
+    text = suite.text
+    field = text.field or "text"
+    if text.files is not None:
+        return Files(text.files, suite_file.parent, field)
+    if text.dataset is not None:
+        split = text.split or "train"
+        return HubDataset(text.dataset, text.config, split, field, text.revision, text.streaming)
+    return Builtin("python-stdlib")
+
+
+def _model_id(suite: Suite, suite_file: Path) -> str:
+    """Local folders are meant from where the suite file is."""
+    beside = suite_file.parent / suite.model.id
+    return str(beside) if beside.is_dir() else suite.model.id
+
+
+def _native(folder: Path) -> Dictionary:
+    sae: Dictionary = registry.get("loaders", "native")(folder)[0]
+    return sae
+
+
+def _on_device(sae: SAE, device: str) -> SAE:
+    return sae.to(device) if isinstance(sae, nn.Module) else sae
+
+
+def _chosen(name: str, pattern: str | None) -> bool:
+    return pattern is None or fnmatch.fnmatchcase(name, pattern)
+
+
+def _to_do(bench: Workbench, run_: EvalRun) -> bool:
+    chosen = _chosen(run_.candidate.name, bench.options.only)
+    return chosen and not results.run_file(bench.folder, run_.spec).exists()
+
+
+def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:
+    results.write_manifest(
+        bench.folder,
+        bench.suite.name,
+        _public_definition(bench),
+        {r.candidate.name: r.candidate.entry for r in runs},
+        [f"runs/{results.run_file(bench.folder, r.spec).name}" for r in runs],
+    )
+
+
+def _public_definition(bench: Workbench) -> Spec:
+    """The suite as it was run: revisions resolved, and no path of this machine."""
+    definition = bench.suite.definition()
+    definition["model"] = dict(bench.subject.identity)
+    if bench.suite.text.files is not None:
+        definition["text"]["files"] = Path(bench.suite.text.files).name
+    for given in definition["saes"]:
+        if "checkpoint" in given:
+            given["checkpoint"] = Path(given["checkpoint"]).name
+    return definition
+
+
+def _row(eval_: Eval, score_: Score) -> ScoreRow:
+    metric = next(m for m in eval_.metrics if m.name == score_.metric)
+    return ScoreRow(
+        metric=metric.name,
+        best=metric.best,
+        unit=metric.unit,
+        statistic=metric.statistic,
+        doc=metric.doc,
+        num=score_.num,
+        den=score_.den,
+        n=score_.n,
+        reference=score_.reference,
+        ids=None,
+    )
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    on_gpu = device.startswith("cuda")
+    packages = ("torch", "transformers", "numpy", "scipy", "pandas")
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "saebench": saebench.__version__,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"cpu, {torch.get_num_threads()} threads",
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+
+
+@cache
+def _commit() -> str | None:
+    """Commit of the checkout this package runs from, with `+` where files differ; None when installed."""
+    folder = Path(saebench.__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        status = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,0 +1,1 @@
+"""Architectures, for inference only: how to encode and decode. One file each."""

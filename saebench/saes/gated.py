@@ -1,0 +1,31 @@
+"""Gated SAE (Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014, eqs. 3 to 7).
+
+pi    = x W_enc
+z     = [pi + b_gate > 0] * relu(exp(r_mag) * pi + b_mag)
+x_hat = z W_dec + b_dec
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench.saes._dictionary import Dictionary, weight
+
+
+@final
+class Gated(Dictionary):
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+        self.b_gate, self.b_mag, self.r_mag = (weight(d_sae) for _ in range(3))
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        pi = x @ self.W_enc
+        magnitude = (self.r_mag.exp() * pi + self.b_mag).relu()
+        return torch.where(pi + self.b_gate > 0, magnitude, 0.0)
+
+    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        self._fold_bias(self.b_gate, mean, scale)
+        self.b_mag.mul_(scale).sub_(self.r_mag.exp() * (mean @ self.W_enc))
+        self._fold_decoder(mean, scale)

@@ -1,0 +1,33 @@
+"""JumpReLU SAE (Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435).
+
+pre   = x W_enc + b_enc
+z     = pre where pre > threshold, else 0
+x_hat = z W_dec + b_dec
+
+Also what a BatchTopK SAE becomes: the same threshold for every latent (https://arxiv.org/abs/2412.06410).
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench.saes._dictionary import Dictionary, weight
+
+
+@final
+class JumpReLU(Dictionary):
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+        self.b_enc = weight(d_sae)
+        self.threshold = weight(d_sae)
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
+        return torch.where(pre > self.threshold, pre, 0.0)
+
+    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        self._fold_bias(self.b_enc, mean, scale)
+        self._fold_decoder(mean, scale)
+        self.threshold.mul_(scale)

@@ -1,0 +1,27 @@
+"""ReLU SAE (Bricken et al. 2023, https://transformer-circuits.pub/2023/monosemantic-features).
+
+z     = relu(x W_enc + b_enc)
+x_hat = z W_dec + b_dec
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench.saes._dictionary import Dictionary, weight
+
+
+@final
+class ReLU(Dictionary):
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+        self.b_enc = weight(d_sae)
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+        return torch.addmm(self.b_enc, x, self.W_enc).relu()
+
+    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
+        self._fold_bias(self.b_enc, mean, scale)
+        self._fold_decoder(mean, scale)

@@ -1,0 +1,291 @@
+"""Sparse codes, and training through the active latents alone.
+
+After the active latents of a batch are chosen, nothing needs the dense `[n d_sae]` any more: the decoder, its
+gradient and the gradient of the encoder are sums over active (token, latent) pairs. On a CPU every one of these is
+one call of `embedding_bag`'s forward, the only sparse product of PyTorch that runs at the speed of memory in both
+directions: the gradient with respect to a matrix is the same sum with the pairs sorted by latent.
+
+An untrained SAE is far from sparse, so a selection has two forms with one interface, and `select` takes
+whichever is cheaper. Matrices are kept row by row here, encoder and decoder both `[d_sae d]`.
+"""
+
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from saebench.types import SparseCode
+
+DENSE_ABOVE = 0.1
+"""Share of active pairs above which the dense products are faster (benchmarks/train_step.py)."""
+
+_CHUNK = 2**25
+"""Elements of a dense block of latents that is held at a time."""
+
+
+def from_dense(z: Float[Tensor, "n d_sae"]) -> SparseCode:
+    """The entries that are not zero."""
+    rows, columns = _nonzero(z != 0)
+    return SparseCode(columns, z[rows, columns], _offsets(rows, len(z)))
+
+
+def to_dense(code: SparseCode, d_sae: int) -> Float[Tensor, "n d_sae"]:
+    z = code.values.new_zeros(len(code.offsets) - 1, d_sae)
+    z[rows_of(code), code.indices] = code.values
+    return z
+
+
+def rows_of(code: SparseCode) -> Int[Tensor, " nnz"]:
+    """The token that each active latent belongs to."""
+    counts = code.offsets.diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def decode(code: SparseCode, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+    """sum_i z_i d_i for every token; no bias."""
+    return _bag(code.indices, W_dec, code.offsets, code.values)
+
+
+def concatenate(codes: list[SparseCode]) -> SparseCode:
+    """Codes of consecutive tokens as one."""
+    if len(codes) == 1:
+        return codes[0]
+    ends = [code.offsets[1:] for code in codes]
+    starts = np.cumsum([0, *(len(code.indices) for code in codes)])
+    offsets = [codes[0].offsets[:1], *(e + int(s) for e, s in zip(ends, starts[:-1], strict=True))]
+    return SparseCode(
+        torch.cat([code.indices for code in codes]),
+        torch.cat([code.values for code in codes]),
+        torch.cat(offsets),
+    )
+
+
+def token_chunks(x: Float[Tensor, "n d"], d_sae: int) -> tuple[Tensor, ...]:
+    """Some tokens at a time, so that their dense latents stay small whatever the width."""
+    return tuple(x.split(max(1, _CHUNK // d_sae)))
+
+
+class Selection(Protocol):
+    """Some (token, latent) pairs of a batch, and what training computes on them.
+
+    "Values" are one number for each pair, in a shape of the selection's own; elementwise operations on them are
+    written once and hold for every form.
+    """
+
+    def pre(
+        self,
+        x: Float[Tensor, "n d"],
+        encoder: Float[Tensor, "d_sae d"],
+        bias: Float[Tensor, " d_sae"],
+    ) -> Tensor:
+        """x . e_i + b_i at the pairs, with gradients to encoder and bias (none to x)."""
+        ...
+
+    def of_latent(self, vector: Float[Tensor, " d_sae"]) -> Tensor:
+        """A number per latent, as values."""
+        ...
+
+    def decode(self, values: Tensor, decoder: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
+        """The sum of values times decoder rows for every token, with gradients to both."""
+        ...
+
+    def fired(self, values: Tensor) -> Bool[Tensor, " d_sae"]:
+        """Which latents have a value above zero for some token."""
+        ...
+
+    def l0(self, values: Tensor) -> float:
+        """Values above zero per token."""
+        ...
+
+
+@final
+class Everything:
+    """All pairs: values are `[n d_sae]`."""
+
+    def __init__(self, pre: Float[Tensor, "n d_sae"]) -> None:
+        self._pre = pre
+
+    def pre(self, x: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
+        return _DensePre.apply(x, encoder, bias, self._pre)  # type: ignore[no-any-return]
+
+    def of_latent(self, vector: Tensor) -> Tensor:
+        return vector
+
+    def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
+        return values @ decoder
+
+    def fired(self, values: Tensor) -> Tensor:
+        return (values > 0).any(0)
+
+    def l0(self, values: Tensor) -> float:
+        return (values > 0).sum().item() / len(values)
+
+
+@final
+class Pairs:
+    """Chosen pairs, sorted by token: values are `[nnz]`."""
+
+    def __init__(
+        self,
+        pre: Float[Tensor, "n d_sae"],
+        rows: Int[Tensor, " nnz"],
+        columns: Int[Tensor, " nnz"],
+    ) -> None:
+        self.n, self.d_sae = pre.shape
+        self.rows, self.columns = rows, columns
+        self.offsets = _offsets(rows, self.n)
+        self._values = pre[rows, columns]
+
+    def pre(self, x: Tensor, encoder: Tensor, bias: Tensor) -> Tensor:
+        return _PairsPre.apply(x, encoder, bias, self)  # type: ignore[no-any-return]
+
+    def of_latent(self, vector: Tensor) -> Tensor:
+        return _Pick.apply(vector, self.columns)  # type: ignore[no-any-return]
+
+    def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
+        return _PairsDecode.apply(values, decoder, self)  # type: ignore[no-any-return]
+
+    def fired(self, values: Tensor) -> Tensor:
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=values.device)
+        fired[self.columns[values > 0]] = True
+        return fired
+
+    def l0(self, values: Tensor) -> float:
+        return (values > 0).sum().item() / self.n
+
+    @cached_property
+    def by_latent(self) -> "_ByLatent":
+        order = torch.argsort(self.columns, stable=True)
+        return _ByLatent(order, self.rows[order], _offsets(self.columns, self.d_sae))
+
+    def onto_latents(self, values: Tensor, x: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
+        """For each latent the sum of values times the rows of x that it is paired with."""
+        order, rows, offsets = self.by_latent
+        return _bag(rows, x, offsets, values[order])
+
+
+class _ByLatent(NamedTuple):
+    order: Tensor
+    rows: Tensor
+    offsets: Tensor
+
+
+def select(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> Everything | Pairs:
+    """The pairs of a mask, or all pairs where the mask is too dense for sparse products to pay."""
+    rows, columns = _nonzero(mask)
+    if len(rows) > DENSE_ABOVE * mask.numel():
+        return Everything(pre)
+    return Pairs(pre, rows, columns)
+
+
+def top_per_token(pre: Float[Tensor, "n d_sae"], k: int) -> Pairs:
+    """The k largest latents of every token."""
+    columns = pre.topk(k, dim=-1, sorted=False).indices
+    rows = torch.arange(len(pre), device=pre.device).repeat_interleave(k)
+    return Pairs(pre, rows, columns.flatten())
+
+
+def top_of_batch(
+    pre: Float[Tensor, "n d_sae"], count: int, guess: Float[Tensor, ""]
+) -> tuple[Pairs, Float[Tensor, ""]]:
+    """The `count` largest positive pairs of the whole batch, and the smallest value among them.
+
+    Exact for any guess, and quick where `guess` is a little below the answer: only the entries above it are sorted.
+    """
+    rows, columns = _nonzero(pre > guess.clamp_min(0))
+    if len(rows) < count and guess > 0:
+        rows, columns = _nonzero(pre > 0)
+    values = pre[rows, columns]
+    if len(values) > count:
+        kept = values.topk(count, sorted=False).indices.sort().values
+        rows, columns, values = rows[kept], columns[kept], values[kept]
+    return Pairs(pre, rows, columns), values.min() if len(values) else guess
+
+
+def _bag(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    return embedding_bag(
+        indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _nonzero(mask: Bool[Tensor, "n d_sae"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    if mask.device.type == "cpu":  # NumPy's search is several times faster than torch's here
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        return flat // mask.shape[1], flat % mask.shape[1]
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows, columns
+
+
+def _offsets(sorted_or_not: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_plus_1"]:
+    counts = torch.bincount(sorted_or_not, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+class _DensePre(torch.autograd.Function):
+    """Hands on the product that the selection was made from, so that it is computed once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return pre.view_as(pre)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return None, grad.T @ x, grad.sum(0), None
+
+
+class _PairsPre(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, encoder: Tensor, bias: Tensor, pairs: Pairs) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.pairs = pairs
+        return pairs._values.view_as(pairs._values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        pairs: Pairs = ctx.pairs
+        return None, pairs.onto_latents(grad, x), _sum_by(pairs.columns, grad, pairs.d_sae), None
+
+
+class _Pick(torch.autograd.Function):
+    """vector[columns], whose gradient is a histogram rather than an indexed addition."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(columns)
+        ctx.d_sae = len(vector)
+        return vector[columns]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (columns,) = ctx.saved_tensors
+        return _sum_by(columns, grad, ctx.d_sae), None
+
+
+class _PairsDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, decoder: Tensor, pairs: Pairs) -> Tensor:
+        ctx.pairs = pairs
+        with torch.enable_grad():  # embedding_bag's own gradient with respect to the values
+            ctx.values = values.detach().requires_grad_()
+            ctx.out = _bag(pairs.columns, decoder.detach(), pairs.offsets, ctx.values)
+        return ctx.out.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        to_values, to_decoder = None, None
+        if ctx.needs_input_grad[0]:
+            (to_values,) = torch.autograd.grad(ctx.out, ctx.values, grad)
+        if ctx.needs_input_grad[1]:
+            to_decoder = ctx.pairs.onto_latents(ctx.values.detach(), grad)
+        return to_values, to_decoder, None
+
+
+def _sum_by(columns: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    return torch.bincount(columns, weights=values, minlength=d_sae).to(values.dtype)

@@ -1,0 +1,355 @@
+"""Trains what is missing: every SAE of a suite, over all its sites, on one stream of activations.
+
+The stream is cut into blocks of exactly `buffer_tokens` tokens; a block is read from the language model, shuffled as
+a whole and handed out in batches. Rows of the text are shuffled over the whole text before that. So the batch of
+any step follows from the text alone: an SAE is the same whoever is trained beside it, and a run that was stopped
+continues with the very batches that were to come.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save
+from torch import Tensor
+
+import saebench
+from saebench import results
+from saebench.errors import UserError
+from saebench.loaders.native import FORMAT
+from saebench.progress import Meter, say
+from saebench.saes._dictionary import Dictionary
+from saebench.suite import TrainedSAE
+from saebench.types import Site, Spec
+from saebench.variants._training import Task, Training
+
+VERSION = 1
+"""Raised by every change that can move a trained weight."""
+
+SECONDS_BETWEEN_SAVES = 20.0
+_MEMORY_SHARE = 0.5
+
+
+class Reader(Protocol):
+    """What training needs of a subject."""
+
+    identity: Spec
+
+    def read(
+        self, sites: list[Site], rows: Int[Tensor, "rows context"]
+    ) -> dict[Site, Float[Tensor, "rows context d"]]: ...
+
+
+class Statistics(NamedTuple):
+    """Of the first block of the stream. Activations are trained on as (x - mean) / scale."""
+
+    mean: Float[Tensor, " d"]
+    scale: float
+    """sqrt(E|x - mean|^2)"""
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One SAE to train, with all that determines its weights."""
+
+    sae: TrainedSAE
+    model: Spec
+    text: str
+    """Fingerprint of the training tokens."""
+    tokens: int
+    batch_tokens: int
+    buffer_tokens: int
+
+    def spec(self) -> Spec:
+        sae = self.sae
+        return {
+            "trainer": VERSION,
+            "model": self.model,
+            "site": str(sae.site),
+            "text": self.text,
+            "tokens": self.tokens,
+            "batch_tokens": self.batch_tokens,
+            "buffer_tokens": self.buffer_tokens,
+            "variant": sae.variant,
+            "recipe": dataclasses.asdict(sae.recipe),
+            "width": sae.width,
+            "l0": sae.l0,
+            "seed": sae.seed,
+        }
+
+    def folder(self, checkpoints: Path) -> Path:
+        return checkpoints / f"{self.sae.name}--{results.key(self.spec())}"
+
+    def done(self, checkpoints: Path) -> bool:
+        return (self.folder(checkpoints) / "sae.json").exists()
+
+
+class Stream:
+    """Shuffled activations of some sites, batch by batch, from any step on."""
+
+    def __init__(  # noqa: PLR0913  (what determines the batches, and nothing else)
+        self,
+        subject: Reader,
+        sites: list[Site],
+        rows: Int[np.ndarray, "rows context"],
+        special: Bool[np.ndarray, "rows context"],
+        *,
+        tokens: int,
+        batch_tokens: int,
+        buffer_tokens: int,
+        rows_at_a_time: int,
+    ) -> None:
+        self.subject, self.sites, self.rows, self.special = subject, sites, rows, special
+        self.batch_tokens, self.rows_at_a_time = batch_tokens, rows_at_a_time
+        self.steps = tokens // batch_tokens
+        self.steps_per_block = min(buffer_tokens // batch_tokens, self.steps)
+        per_pass = int((~special).sum())
+        passes = math.ceil(self.steps * batch_tokens / per_pass)
+        self._order = np.concatenate(
+            [np.random.default_rng(i).permutation(len(rows)) for i in range(passes)]
+        )
+        counts = (~special).sum(1)[self._order]
+        self._starts = np.concatenate([[0], counts.cumsum()])
+        self._statistics: dict[Site, Statistics] = {}
+        self._last: tuple[int, dict[Site, Tensor]] | None = None
+
+    def batches(self, first_step: int) -> Iterator[dict[Site, Float[Tensor, "n d"]]]:
+        """Centred and scaled activations for every step from `first_step` on."""
+        statistics = self.statistics()
+        for number in range(first_step // self.steps_per_block, self._n_blocks()):
+            block = self._block(number)
+            order = torch.from_numpy(
+                np.random.default_rng([1, number]).permutation(len(block[self.sites[0]]))
+            )
+            for step in range(
+                number * self.steps_per_block, min((number + 1) * self.steps_per_block, self.steps)
+            ):
+                if step < first_step:
+                    continue
+                place = (step - number * self.steps_per_block) * self.batch_tokens
+                picked = order[place : place + self.batch_tokens]
+                yield {
+                    site: (x[picked.to(x.device)] - statistics[site].mean) / statistics[site].scale
+                    for site, x in block.items()
+                }
+
+    def statistics(self) -> dict[Site, Statistics]:
+        if not self._statistics:
+            self._statistics = {site: _statistics(site, x) for site, x in self._block(0).items()}
+        return self._statistics
+
+    def calibration(self, site: Site, n: int) -> Float[Tensor, "n d"]:
+        """The first n tokens of the stream, as they are."""
+        return self._block(0)[site][:n]
+
+    def _n_blocks(self) -> int:
+        return math.ceil(self.steps / self.steps_per_block)
+
+    def _block(self, number: int) -> dict[Site, Float[Tensor, "block d"]]:
+        """The tokens of one block in the order of the text; rows at its borders belong to two blocks.
+
+        The last one is kept: statistics, the first steps and controls all ask for the first.
+        """
+        if self._last is None or self._last[0] != number:
+            self._last = None  # frees the memory before the next block is read
+            self._last = (number, self._read_block(number))
+        return self._last[1]
+
+    def _read_block(self, number: int) -> dict[Site, Float[Tensor, "block d"]]:
+        size = self.steps_per_block * self.batch_tokens
+        first, last = number * size, min((number + 1) * size, self.steps * self.batch_tokens)
+        row_from = int(np.searchsorted(self._starts, first, side="right")) - 1
+        row_to = int(np.searchsorted(self._starts, last, side="left"))
+        chosen = self._order[row_from:row_to]
+        skipped = first - int(self._starts[row_from])
+        pieces: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
+        for numbers in np.array_split(chosen, math.ceil(len(chosen) / self.rows_at_a_time)):
+            kept = torch.from_numpy(~self.special[numbers])
+            ids = torch.from_numpy(self.rows[numbers].astype(np.int64))
+            for site, x in self.subject.read(self.sites, ids).items():
+                pieces[site].append(x[kept.to(x.device)].float())
+        return {site: torch.cat(p)[skipped : skipped + last - first] for site, p in pieces.items()}
+
+
+def train_missing(runs: list[TrainRun], stream: Stream, checkpoints: Path, device: str) -> None:
+    """Trains what has no checkpoint yet, in as few passes as memory allows. Stopped work is continued."""
+    missing = [run for run in runs if not run.done(checkpoints)]
+    if not missing:
+        return
+    widths = {site: len(s.mean) for site, s in stream.statistics().items()}
+    groups = split_groups(missing, widths, memory_for_training(device))
+    for number, group in enumerate(groups, 1):
+        which = f" (group {number} of {len(groups)})" if len(groups) > 1 else ""
+        _train_group(group, stream, checkpoints, device, f"training {len(group)} SAEs{which}")
+
+
+def split_groups(
+    runs: list[TrainRun], widths: dict[Site, int], budget: float
+) -> list[list[TrainRun]]:
+    """Consecutive runs that fit into `budget` bytes together; one alone may be larger."""
+    groups: list[list[TrainRun]] = []
+    used = math.inf
+    for run in runs:
+        size = training_bytes(run, widths[run.sae.site])
+        if used + size > budget:
+            groups.append([])
+            used = 0.0
+        groups[-1].append(run)
+        used += size
+    return groups
+
+
+def training_bytes(run: TrainRun, d_in: int) -> int:
+    """Weights, gradients and Adam's two moments, and the latents of a batch with their gradient, in float32."""
+    return 4 * (4 * 2 * d_in * run.sae.width + 2 * run.batch_tokens * run.sae.width)
+
+
+class _Pupil:
+    """One SAE of a group with its optimiser and the step it has reached."""
+
+    def __init__(self, run: TrainRun, d_in: int, checkpoints: Path, device: str) -> None:
+        self.run, self.folder, self.step = run, run.folder(checkpoints), 0
+        generator = torch.Generator().manual_seed(run.sae.seed)
+        task = Task(d_in, run.sae.width, run.sae.l0, run.tokens, generator)
+        self.training: Training = run.sae.recipe.start(task).to(device)
+        recipe = run.sae.recipe
+        self.optimizer = torch.optim.Adam(
+            self.training.parameters(), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
+        )
+        self.state = self.folder / "training.pt"
+        if self.state.exists():
+            self._restore(device)
+
+    def learn(self, x: Float[Tensor, "n d"], progress: float) -> None:
+        recipe = self.run.sae.recipe
+        loss = self.training.loss(x, progress)
+        loss.backward()
+        self.training.after_backward()
+        torch.nn.utils.clip_grad_norm_(self.training.parameters(), recipe.grad_clip)
+        share = progress + len(x) / self.run.tokens
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * _schedule(progress, share, recipe.lr_warmup, recipe.lr_decay)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.training.after_step()
+        self.step += 1
+
+    def save(self) -> None:
+        """The state of the training, written whole."""
+        state = {
+            "step": self.step,
+            "training": self.training.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with results.whole_file(self.state) as file:
+            torch.save(state, file)
+
+    def finish(self, statistics: Statistics) -> None:
+        """Writes the checkpoint, the record last, and drops the training state."""
+        with torch.no_grad():
+            sae = self.training.export().cpu()
+            sae.fold(statistics.mean.cpu(), statistics.scale)
+        if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
+            raise UserError(
+                f"training {self.run.sae.name} ended in weights that are not finite; lower its lr"
+            )
+        write_checkpoint(self.folder, sae, self.run)
+        self.state.unlink(missing_ok=True)
+
+    def _restore(self, device: str) -> None:
+        try:
+            state = torch.load(self.state, map_location=device, weights_only=True)
+            self.training.load_state_dict(state["training"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+            raise UserError(
+                f"{self.state} cannot be read ({error}); delete it to train from the start"
+            ) from None
+        self.step = int(state["step"])
+
+
+def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
+    """`sae.safetensors`, then `sae.json`: a record that exists is a checkpoint that is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save({name: w.contiguous() for name, w in sae.state_dict().items()})
+    site = run.sae.site
+    record = {
+        "format": FORMAT,
+        "architecture": type(sae).__module__.rpartition(".")[2],
+        "arguments": sae.arguments(),
+        "site": {"stream": site.stream, "layer": site.layer},
+        "checksum": hashlib.sha256(content).hexdigest(),
+        "training": run.spec(),
+        "software": {
+            "saebench": saebench.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    results.write_bytes_whole(folder / "sae.safetensors", content)
+    results.write_text_whole(folder / "sae.json", json.dumps(record, indent=2) + "\n")
+
+
+def _train_group(
+    group: list[TrainRun], stream: Stream, checkpoints: Path, device: str, what: str
+) -> None:
+    statistics = stream.statistics()
+    pupils = [_Pupil(run, len(statistics[run.sae.site].mean), checkpoints, device) for run in group]
+    first = min(pupil.step for pupil in pupils)
+    if first:
+        say(f"continuing at step {first} of {stream.steps}")
+    saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
+    with Meter(
+        what, stream.steps * stream.batch_tokens, "tokens", first * stream.batch_tokens
+    ) as meter:
+        for step, batch in enumerate(stream.batches(first), first):
+            for pupil in pupils:
+                if pupil.step == step:
+                    pupil.learn(batch[pupil.run.sae.site], step / stream.steps)
+            meter.advance(stream.batch_tokens)
+            if time.monotonic() - saved > pause:
+                began = time.monotonic()
+                for pupil in pupils:
+                    pupil.save()
+                saved = time.monotonic()
+                pause = max(SECONDS_BETWEEN_SAVES, 20 * (saved - began))
+    for pupil in pupils:
+        pupil.finish(statistics[pupil.run.sae.site])
+
+
+def _schedule(before: float, after: float, warmup: float, decay: float) -> float:
+    """Share of the peak learning rate for a step that takes training from `before` to `after`."""
+    up = after / warmup if warmup > 0 else 1.0
+    down = (1 - before) / decay if decay > 0 else 1.0
+    return min(1.0, up, down)
+
+
+def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Statistics:
+    exact = x.double()
+    mean = exact.mean(0)
+    scale = (exact - mean).square().sum(1).mean().sqrt().item()
+    if not (math.isfinite(scale) and scale > 0):
+        raise UserError(
+            f"the activations at {site} have a spread of {scale}; there is nothing to train on"
+        )
+    return Statistics(mean.to(x.dtype), scale)
+
+
+def memory_for_training(device: str) -> float:
+    """Bytes that the SAEs of a group may take together."""
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free * _MEMORY_SHARE

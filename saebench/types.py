@@ -1,0 +1,179 @@
+"""The nouns of the benchmark. Everything else in the package is a verb on these.
+
+Dimensions: n tokens in a batch, d_in and d_out widths of the sites an SAE reads and predicts (equal
+but for transcoders), d_sae number of latents, nnz active latents of all tokens of a batch.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Split = Literal["train", "eval"]
+
+
+class Skip(Exception):
+    """An eval does not apply to this SAE; the message says why and is shown in the report."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where activations are read: a stream of one block, or the input or output of a named module.
+
+    `stream` is one of resid_pre, resid_mid, resid_post, attn_out, mlp_in, mlp_out, mlp_hidden, with the
+    `layer` counted from 0; or a module path of the model followed by `.input` or `.output`, with
+    `layer` None.
+    """
+
+    stream: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.stream if self.layer is None else f"{self.layer}.{self.stream}"
+
+
+class SparseCode(NamedTuple):
+    """The active latents of n tokens, token after token (compressed sparse rows).
+
+    Token i owns `indices[offsets[i]:offsets[i + 1]]`, ascending, and the values beside them; no value is zero.
+    """
+
+    indices: Int[Tensor, " nnz"]
+    values: Float[Tensor, " nnz"]
+    offsets: Int[Tensor, " n_plus_1"]
+
+
+@runtime_checkable
+class SAE(Protocol):
+    """Anything that encodes activations into latents and decodes them, on raw activations.
+
+    Where an architecture has them, it also carries `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]` and
+    `b_dec [d_out]`; evals that need these raise `Skip` when they are missing.
+    """
+
+    d_in: int
+    d_sae: int
+
+    def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]: ...
+    def decode(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_out"]: ...
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode: ...
+    def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_out"]: ...
+
+
+class Outcome(NamedTuple):
+    """What the language model predicts at the scored positions when a stream is replaced.
+
+    A position is scored when its own token is replaced and the next token of its sequence is not a
+    special one. `m` scored positions, in the order of the batch.
+    """
+
+    loss: Float[Tensor, " m"]
+    """Next-token cross-entropy, nats."""
+    kl: Float[Tensor, " m"]
+    """KL(p_clean || p_replaced), nats."""
+    same_top1: Bool[Tensor, " m"]
+    """Whether the likeliest next token is that of the clean model."""
+
+
+class References(NamedTuple):
+    """Next-token cross-entropies, nats, of the m scored positions: nothing here depends on an SAE."""
+
+    clean: Float[Tensor, " m"]
+    zero: Float[Tensor, " m"]
+    """The same positions with the stream replaced by zeros."""
+    mean: Float[Tensor, " m"]
+    """The same positions with the stream replaced by its mean over the evaluation tokens."""
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """Some whole sequences of the evaluation text at one site, special tokens left out."""
+
+    x: Float[Tensor, "n d_in"]
+    """Activations that an SAE reads, in float32."""
+    sequence: Int[Tensor, " n"]
+    """Number of the sequence, from 0 over the whole evaluation text, that each token is from."""
+    scored_sequence: Int[Tensor, " m"]
+    """The same for the scored positions of `Outcome` and `References`."""
+
+    @property
+    def target(self) -> Float[Tensor, "n d_out"]:
+        """What an SAE is to give back: `x`, but for transcoders."""
+        ...
+
+    def references(self) -> References: ...
+    def outcome(self, replacement: Float[Tensor, "n d_out"]) -> Outcome:
+        """Resumes the language model at the site, with the n tokens of `target` replaced."""
+        ...
+
+
+class Metric(NamedTuple):
+    """What a number means. Direction, unit and statistic are declared here and nowhere else."""
+
+    name: str
+    best: Literal["min", "max"] | None
+    unit: Literal["sequence", "latent", "dataset"]
+    """What intervals and paired tests resample."""
+    doc: str
+    statistic: Literal["ratio", "median", "q05", "q95"] = "ratio"
+    """How units become the value: sum(num) / sum(den), or a quantile of num over units with den > 0."""
+
+
+class Score(NamedTuple):
+    """One metric of one SAE, unit by unit; `Metric.statistic` says how units become the value."""
+
+    metric: str
+    num: np.ndarray
+    den: np.ndarray
+    n: int
+    """How many tokens (or latents, texts ...) lie behind it."""
+    reference: float | None = None
+    """A value to read beside it, such as that of random directions or a bound; the metric's doc says which."""
+
+
+class Seen(NamedTuple):
+    """One batch as one SAE sees it: encoded and decoded once, for all evals."""
+
+    batch: Batch
+    code: SparseCode
+    x_hat: Float[Tensor, "n d_out"]
+    outcome: Outcome | None
+    """Of the language model with `x_hat` in place; None where no eval of the run asks for it."""
+
+
+@runtime_checkable
+class Tally(Protocol):
+    """The running sums of one eval on one SAE."""
+
+    def update(self, seen: Seen) -> None: ...
+    def scores(self) -> list[Score]: ...
+
+
+@dataclass(frozen=True)
+class Eval(ABC):
+    """A frozen dataclass whose fields are its parameters."""
+
+    version: ClassVar[int]
+    metrics: ClassVar[tuple[Metric, ...]]
+    needs_outcome: ClassVar[bool] = False
+    """Whether batches must come with the language model's outcome."""
+
+    @abstractmethod
+    def start(self, sae: SAE, facts: "Facts") -> Tally:
+        """Sums at zero for one SAE. Raises `Skip` where the eval does not apply to it."""
+
+
+class Facts(NamedTuple):
+    """What is known of a site's evaluation text before any SAE is looked at."""
+
+    site: Site
+    n_sequences: int
+    n_tokens: int
+    mean: Float[Tensor, " d_in"]
+    """Mean activation over the evaluation tokens, float64."""
+
+
+Spec = dict[str, Any]
