@@ -167,8 +167,9 @@ class PenaltyControl(nn.Module):
 
     The goal for ln L0 falls in a line from where training starts to the wanted value over the first `descent` of
     the tokens and stays there. The logarithm of the coefficient follows the error of ln L0 by a proportional and
-    an integral term (a PI controller); `gain` is the change of ln(coefficient) per e-fold of error, over one
-    `horizon` (a share of the training tokens) for the integral.
+    an integral term (a PI controller). The integral gain is a number per training run, so that long runs are steered
+    as gently as short ones; a step never adds more than `INTEGRAL_PER_STEP` of the error, because L0 answers a
+    change of the coefficient only after some tens of steps.
     """
 
     log_coefficient: Tensor
@@ -192,10 +193,12 @@ class PenaltyControl(nn.Module):
         share = ramp(progress, self.descent)
         goal = (1 - share) * self.start.item() + share * math.log(self.wanted)
         error = log_l0 - goal
-        change = PROPORTIONAL * (error - self.error.item()) + INTEGRAL * error * n / self.tokens
+        gain = min(INTEGRAL * n / self.tokens, INTEGRAL_PER_STEP)
+        change = PROPORTIONAL * (error - self.error.item()) + gain * error
         self.log_coefficient.add_(change)
         self.error.fill_(error)
 
 
 PROPORTIONAL = 0.5
 INTEGRAL = 40.0
+INTEGRAL_PER_STEP = 0.08
