@@ -202,9 +202,9 @@ def whole_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
 
     `size` is what will be written, for the message of a full disk; 0 where that is not known.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
             file.flush()
@@ -236,7 +236,7 @@ def lock(folder: Path) -> Iterator[None]:
                 "Wait until it has finished, or give another --results folder."
             ) from error
         # What a killed process left half written; nobody else writes below a held lock.
-        for partial in (folder / "runs").glob(".*.partial"):
+        for partial in [*folder.glob(".*.partial"), *folder.glob("runs/.*.partial")]:
             partial.unlink()
         yield
 
@@ -469,6 +469,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         )
     manifest = _load(path)
     _need(manifest, path, "suite", "definition", "saes", "runs")
+    for part, kind in (("definition", dict), ("saes", dict), ("runs", list)):
+        if not isinstance(manifest[part], kind):
+            raise UserError(
+                f"{path}: {part!r} is not what saebench writes there. Run the suite again."
+            )
     for entry in manifest["saes"].values():
         _need(entry, path, *Entry._fields)
     for run in manifest["runs"]:
@@ -548,7 +553,7 @@ def _describe_model(model: Mapping[str, Any]) -> str:
     revision = model.get("revision")
     parts = [str(model.get("id", "unknown model"))]
     if revision:
-        parts[0] += f"@{str(revision)[:8]}"
+        parts[0] += f"@{str(revision).removeprefix('sha256:')[:8]}"
     if model.get("dtype"):
         parts.append(str(model["dtype"]))
     return ", ".join(parts)

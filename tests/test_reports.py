@@ -285,8 +285,9 @@ def test_a_metric_that_nobody_has_is_left_out_and_no_metric_at_all_is_an_error(t
 
 def test_hostile_text_stays_text(toy, tmp_path):
     scores = toy.scores.copy()
-    scores["variant"] = r"a|b*_<i>\&%$#{}~^"
-    Leaderboard()(toy._replace(scores=scores), tmp_path)
+    hostile = r"a|b*_<i>\&%$#{}~^"
+    scores["variant"] = hostile
+    Leaderboard()(toy._replace(scores=scores, model=hostile), tmp_path)
     markdown = (tmp_path / "leaderboard.md").read_text()
     assert r"a\|b\*\_&lt;i&gt;\\&amp;%$#{}~^" in markdown
     latex = (tmp_path / "leaderboard.tex").read_text()

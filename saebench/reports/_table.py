@@ -384,9 +384,22 @@ def _reading(results: Results, headings: Sequence[Heading], blocks: Sequence[Blo
             f"†: misses the asked-for L0 by more than {MISSED:.0%}, so it is compared at another "
             "sparsity than the rest of its block.".replace("%", " %")
         )
+    sentences += _about_dead(results, headings)
     if not _all_units_kept(results):
         sentences.append("Units of some runs were not kept: these columns have no bold.")
     return sentences
+
+
+def _about_dead(results: Results, headings: Sequence[Heading]) -> list[str]:
+    """How little a latent may fire that was never seen to: the count of tokens is part of the metric."""
+    rows = results.scores[results.scores["metric"] == "dead_fraction"].dropna(subset=["reference"])
+    if rows.empty or not any(heading.key.metric == "dead_fraction" for heading in headings):
+        return []
+    bound = 100 * rows["reference"].max()
+    return [
+        f"dead fraction: of latents silent on {int(rows['n'].min()):,} tokens; with 95 % confidence such a "
+        f"latent fires on fewer than {bound:.2g} % of tokens."
+    ]
 
 
 def _about_intervals(headings: Sequence[Heading]) -> str:

@@ -161,14 +161,17 @@ def _csv(results: Results) -> str:
 
 
 def _latex(suite: str, table: Table) -> str:
-    n_columns = 2 + len(table.headings)
-    head = ["SAE", "variant", *map(_tex_heading, table.headings)]
+    n_columns = 1 + len(table.headings)
+    head = ["SAE", *map(_tex_heading, table.headings)]
     body: list[str] = []
     for block in table.blocks:
         title = rf"\multicolumn{{{n_columns}}}{{@{{}}l}}{{\textit{{{_tex(block.title)}}}}} \\"
         body += [r"\midrule", title, *(_tex_row(row) for row in block.rows)]
     # Intervals with unequal arms are narrower as super- and subscripts.
-    reading = [line.replace("[low, high]", "sub- and superscripts") for line in table.reading]
+    reading = [
+        line.replace("[low, high]", "sub- and superscripts").replace("(control)", "In italics")
+        for line in table.reading
+    ]
     caption = [f"SAEs of the suite {suite}: {table.facts}", *reading]
     lines = [
         r"% Needs \usepackage{booktabs}.",
@@ -178,9 +181,9 @@ def _latex(suite: str, table: Table) -> str:
         r"\smallskip",
         rf"\label{{tab:{re.sub('[^A-Za-z0-9-]', '-', suite)}}}",
         r"\scriptsize",
-        r"\setlength{\tabcolsep}{3pt}",
+        r"\setlength{\tabcolsep}{2.5pt}",
         r"\renewcommand{\arraystretch}{1.15}",
-        rf"\begin{{tabular}}{{@{{}}ll{'r' * len(table.headings)}@{{}}}}",
+        rf"\begin{{tabular}}{{@{{}}l{'r' * len(table.headings)}@{{}}}}",
         r"\toprule",
         " & ".join(head) + r" \\",
         *body,
@@ -203,8 +206,8 @@ def _tex_heading(heading: Heading) -> str:
 
 
 def _tex_row(row: Row) -> str:
-    variant = "(control)" if row.control else _tex(row.variant)
-    return " & ".join([_tex(row.name), variant, *map(_tex_cell, row.cells)]) + r" \\"
+    name = rf"\textit{{{_tex(row.name)}}}" if row.control else _tex(row.name)
+    return " & ".join([name, *map(_tex_cell, row.cells)]) + r" \\"
 
 
 def _tex_cell(cell: Cell) -> str:
