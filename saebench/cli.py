@@ -4,19 +4,37 @@ Parsing and printing only. Nothing heavy is imported before it is needed.
 """
 
 import logging
+import os
+import re
 import sys
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from saebench import __version__, registry
 from saebench.errors import UserError
 
+
+class _Commands(typer.core.TyperGroup):
+    """A mistake of the user's is one message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _complain(str(error))
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            _complain("stopped; the same command goes on from here")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     help=__doc__,
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,17 +71,16 @@ def run(  # noqa: PLR0913  (the options of the command)
     loaded = _load_suite(path)
     from saebench import runner
 
-    options = runner.Options(
-        results, checkpoints, None if no_cache else cache, _device(device), only, trust_remote_code
-    )
+    kept = None if no_cache or dry_run else cache
+    options = runner.Options(results, checkpoints, kept, _device(device), only, trust_remote_code)
     if dry_run:
         _print("\n".join(runner.plan(loaded, path, options)))
         return
     failed = runner.run(loaded, path, options)
-    _print(_text_of(results / loaded.name))
     if failed:
         _complain(f"{failed} runs failed (see above); the others are finished and kept")
         raise typer.Exit(1)
+    _print(_text_of(results / loaded.name))
 
 
 @app.command()
@@ -129,10 +146,11 @@ def list_(kind: Annotated[Kind, typer.Argument(help="what to name")]) -> None:
         _print("\n".join(registry.names(kind.value)))
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         _print(__version__)
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -145,20 +163,12 @@ def _root(
 
 
 def main() -> int:
-    """The console script. A mistake of the user's is one message and exit code 2."""
+    """The console script."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    return _guarded(app)
-
-
-def _guarded(command: Callable[..., Any]) -> int:
+    if not sys.stderr.isatty():  # bars of downloads and loading fill log files
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        command()
-    except UserError as error:
-        _complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        _complain("stopped; the same command goes on from here")
-        return 130
+        app()
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -167,7 +177,7 @@ def _guarded(command: Callable[..., Any]) -> int:
 def _suite_path(given: Path) -> Path:
     """The file itself, or the suite of that name that comes along with the package."""
     named = registry.folder("suites") / f"{given}.yaml"
-    return named if not given.exists() and named.exists() else given
+    return named if not given.is_file() and named.is_file() else given
 
 
 def _load_suite(path: Path) -> Any:
@@ -181,12 +191,12 @@ def _device(asked: str) -> str:
 
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise UserError(f"--device is {asked!r}; expected auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but torch sees no GPU here; use --device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
+        raise UserError(f"--device is {asked!r}; expected auto, cpu, cuda or cuda:0")
+    number = int(asked.partition(":")[2] or 0)
+    if asked != "cpu" and number >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise UserError(f"--device is {asked}, but torch sees {found} GPUs here; use --device cpu")
     return asked
 
 

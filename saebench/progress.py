@@ -3,7 +3,6 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +19,7 @@ class Meter:
         self._began = self._shown = time.monotonic()
         self._bar = _bar() if sys.stderr.isatty() else None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Meter":
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(

@@ -215,7 +215,7 @@ def whole_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         if error.errno in _FULL:
             raise _disk_full(path, size) from error
-        raise
+        raise _unwritable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -226,8 +226,12 @@ def lock(folder: Path) -> Iterator[None]:
     """Only one process writes a suite's results; the lock dies with the process that holds it."""
     import fcntl  # POSIX only, and reports must open elsewhere too
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_file = (folder / ".lock").open("a")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with lock_file as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -426,6 +430,12 @@ def _disk_full(path: Path, needed: int) -> UserError:
     return UserError(
         f"{path}: the disk is full. {amount}. "
         "Make room and run the same command again: runs that are done are kept."
+    )
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written: {error.strerror}. Give a folder where files can be written."
     )
 
 

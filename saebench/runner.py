@@ -8,7 +8,6 @@ forward pass resumed above the site.
 import dataclasses
 import fnmatch
 import hashlib
-import json
 import logging
 import platform
 import resource
@@ -103,6 +102,7 @@ class Workbench:
         )
         for site in suite.sites:
             self.subject.check_site(site)
+        self._given = [self._checkpoint(given, suite_file) for given in suite.checkpoints()]
         self.stream = Stream(
             self.subject,
             suite.sites,
@@ -121,8 +121,15 @@ class Workbench:
         """SAEs that are trained by now, checkpoints and controls, in the suite's order."""
         runs = self.train_runs()
         trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
-        given = [self._given(checkpoint) for checkpoint in self.suite.checkpoints()]
-        return [*trained, *given, *self._controls(runs)]
+        found = [*trained, *self._given, *self._controls(runs)]
+        names = [candidate.name for candidate in found]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise UserError(
+                    f"two SAEs of the suite would be called {name!r}; give the checkpoint another "
+                    "name, or each control once"
+                )
+        return found
 
     def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
         return [
@@ -144,15 +151,21 @@ class Workbench:
     def _trained(self, run: TrainRun) -> Candidate:
         sae = run.sae
         folder = run.folder(self.options.checkpoints)
-        checksum = json.loads((folder / "sae.json").read_text())["checksum"]
+        checksum = run.checksum(self.options.checkpoints)
         entry = Entry("trained", sae.variant, sae.width, sae.l0, sae.seed, str(sae.site))
         return Candidate(sae.name, entry, sae.site, checksum, lambda: _native(folder))
 
-    def _given(self, given: Checkpoint) -> Candidate:
-        sae, site = registry.get("loaders", given.format)(Path(given.checkpoint))
+    def _checkpoint(self, given: Checkpoint, suite_file: Path) -> Candidate:
+        sae, site = registry.get("loaders", given.format)(suite_file.parent / given.checkpoint)
         if site not in self.suite.sites:
             sites = ", ".join(map(str, self.suite.sites))
             raise UserError(f"{given.name} was trained at {site}; the suite looks at {sites}")
+        width = self.subject.width(site)
+        if sae.d_in != width:
+            raise UserError(
+                f"{given.name} reads activations of {sae.d_in} dimensions; those at {site} of "
+                f"{self.subject.identity['id']} have {width}. Was it trained on another model?"
+            )
         entry = Entry("checkpoint", given.format, sae.d_sae, None, None, str(site))
         return Candidate(given.name, entry, site, weights_checksum(sae), lambda: sae)
 
@@ -225,8 +238,10 @@ class Workbench:
 
 def run(suite: Suite, suite_file: Path, options: Options) -> int:
     """The whole suite. Returns the number of runs that failed; the others are finished and kept."""
-    with results.lock(options.results / suite.name):
-        bench = Workbench(suite, suite_file, options)
+    bench = Workbench(suite, suite_file, options)
+    with results.lock(bench.folder):
+        # What is wrong with checkpoints and controls shows before hours of training.
+        _check_chosen(bench, [candidate.name for candidate in bench.candidates()])
         wanted = [r for r in bench.train_runs() if _chosen(r.sae.name, options.only)]
         trainer.train_missing(wanted, bench.stream, options.checkpoints, options.device)
         untrained = sum(not r.done(options.checkpoints) for r in bench.train_runs())
@@ -237,15 +252,22 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
         runs = bench.eval_runs(bench.candidates())
         _write_manifest(bench, runs)
         failed = score(bench, [r for r in runs if _to_do(bench, r)])
-        write_reports(suite, bench.folder)
+        try:
+            write_reports(suite, bench.folder)
+        except UserError as reason:
+            if not failed:
+                raise
+            say(f"reports are not written: {reason}")
     return failed
 
 
 def plan(suite: Suite, suite_file: Path, options: Options) -> list[str]:
     """What `run` would do, in lines."""
     bench = Workbench(suite, suite_file, options)
+    _check_chosen(bench, [candidate.name for candidate in bench.candidates()])
     runs = bench.train_runs()
-    missing = [r for r in runs if not r.done(options.checkpoints)]
+    chosen = [r for r in runs if _chosen(r.sae.name, options.only)]
+    missing = [r for r in chosen if not r.done(options.checkpoints)]
     widths = {site: bench.subject.width(site) for site in suite.sites}
     groups = trainer.split_groups(missing, widths, trainer.memory_for_training(options.device))
     rows, context = bench.tokens.evaluation.shape
@@ -257,15 +279,18 @@ def plan(suite: Suite, suite_file: Path, options: Options) -> list[str]:
         f"model: {bench.subject.identity['id']} at {bench.subject.identity['revision']}",
         f"text: {suite.text.train_tokens:,} training tokens, {suite.text.eval_tokens:,} evaluation "
         f"tokens in {rows} sequences of {context}",
-        f"to train: {len(missing)} of {len(runs)} SAEs in {len(groups)} passes of {bench.stream.steps} steps",
+        f"to train: {len(missing)} of {len(chosen)} SAEs in {len(groups)} passes of {bench.stream.steps} steps",
         f"memory for training: {(max(needs, default=0) + buffer) / 2**30:.2f} GiB",
         f"disk for the cache: {rows * context * d_all * item / 2**30:.2f} GiB of activations",
     ]
-    lines += [f"  {'train' if r in missing else 'done '} {r.sae.name}" for r in runs]
+    lines += [f"  {'train' if r in missing else 'done '} {r.sae.name}" for r in chosen]
     evals = ", ".join(e.name for e in suite.evals)
+    given = ", ".join(c.name for c in suite.checkpoints()) or "none"
+    controls = ", ".join(c.name for c in suite.controls) or "none"
     return [
         *lines,
-        f"each is scored with: {evals}; controls: {', '.join(c.name for c in suite.controls)}",
+        f"checkpoints: {given}; controls: {controls}",
+        f"each is scored with: {evals}",
     ]
 
 
@@ -304,15 +329,13 @@ class _Scoring:
         self.sae = _on_device(candidate.load(), bench.options.device)
         self.seconds = 0.0
         facts = bench.subject.facts(candidate.site)
-        self.tallies: dict[str, Tally] = {}
+        self.tallies: list[tuple[EvalRun, Tally]] = []
         for run_ in runs:
             try:
-                self.tallies[run_.eval_name] = run_.eval.start(self.sae, facts)
+                self.tallies.append((run_, run_.eval.start(self.sae, facts)))
             except Skip as reason:
                 self._skip(run_, reason)
-        self.needs_outcome = any(
-            run_.eval.needs_outcome for run_ in runs if run_.eval_name in self.tallies
-        )
+        self.needs_outcome = any(run_.eval.needs_outcome for run_, _ in self.tallies)
 
     def update(self, batch: Batch) -> None:
         began = time.perf_counter()
@@ -320,16 +343,14 @@ class _Scoring:
         x_hat = self.sae.decode_sparse(code)
         outcome = batch.outcome(x_hat) if self.needs_outcome else None
         seen = Seen(batch, code, x_hat, outcome)
-        for tally in self.tallies.values():
+        for _, tally in self.tallies:
             tally.update(seen)
         self.seconds += time.perf_counter() - began
 
     def finish(self) -> None:
-        for run_ in self.runs:
-            if run_.eval_name not in self.tallies:
-                continue
+        for run_, tally in self.tallies:
             try:
-                rows = [_row(run_.eval, s) for s in self.tallies[run_.eval_name].scores()]
+                rows = [_row(run_.eval, s) for s in tally.scores()]
             except Skip as reason:
                 self._skip(run_, reason)
                 continue
@@ -438,6 +459,14 @@ def _on_device(sae: SAE, device: str) -> SAE:
 
 def _chosen(name: str, pattern: str | None) -> bool:
     return pattern is None or fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_chosen(bench: Workbench, scored: Sequence[str]) -> None:
+    names = dict.fromkeys([run_.sae.name for run_ in bench.train_runs()]) | dict.fromkeys(scored)
+    if not any(_chosen(name, bench.options.only) for name in names):
+        raise UserError(
+            f"--only {bench.options.only!r} matches no SAE of the suite; there are: {', '.join(names)}"
+        )
 
 
 def _to_do(bench: Workbench, run_: EvalRun) -> bool:

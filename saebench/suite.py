@@ -8,7 +8,10 @@ the trainer and the runner.
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,8 +20,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -31,14 +36,68 @@ from saebench.sites import parse_site
 from saebench.types import Site, Spec
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_MOST_VALUES = 10_000
+"""In one suite file, aliases written out: a few lines of aliases of aliases can stand for billions."""
+
+
+class _Wrong(ValueError):
+    """Something is wrong with a field that lies below the place where pydantic looks."""
+
+    def __init__(self, message: str, *field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _known_name(kind: str, name: Any) -> str:
+    names = registry.names(kind)
+    if name not in names:
+        raise ValueError(f"there is no {kind[:-1]} {_nearest(str(name), names)}")
+    return str(name)
+
+
+def _site(entry: Any) -> Any:
+    if not isinstance(entry, str | dict):
+        raise ValueError(
+            f"got {_shown(entry)}; expected a site such as {{layer: 2, stream: resid_post}}"
+        )
+    return _explained(partial(parse_site, entry))
+
+
+def _plugin(kind: str) -> BeforeValidator:
+    return BeforeValidator(
+        lambda entry: plugin(kind, entry), json_schema_input_type=str | dict[str, Any]
+    )
+
+
+def _sae(entry: Any) -> Any:
+    if not isinstance(entry, dict):
+        raise ValueError(f"got {_shown(entry)}; expected {{variant: ...}} or {{checkpoint: ...}}")
+    if ("variant" in entry) == ("checkpoint" in entry):
+        keys = ", ".join(map(str, entry))
+        raise ValueError(f"got the keys {keys}; expected one of variant and checkpoint")
+    return entry
+
+
+def _kind_of_sae(entry: Any) -> str:
+    # Asked of what the file says, and again of the model made of it when that is written down.
+    return "Trained" if "variant" in dict(entry) else "Checkpoint"
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+
+class Plugin(NamedTuple):
+    """An eval, control or report with its parameters filled in."""
+
+    name: str
+    value: Any
 
 
 class Model(_Strict):
@@ -93,7 +152,27 @@ class TrainingOptions(_Strict):
 
     batch_tokens: PositiveInt = 2048
     buffer_tokens: PositiveInt = 131_072
-    """Activations that are shuffled together."""
+    """Activations that are shuffled together: a whole number of batches."""
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "TrainingOptions":
+        if self.buffer_tokens % self.batch_tokens:
+            nearest = max(1, round(self.buffer_tokens / self.batch_tokens)) * self.batch_tokens
+            raise _Wrong(
+                f"buffer_tokens is {self.buffer_tokens}; expected a multiple of batch_tokens "
+                f"({self.batch_tokens}), such as {nearest}",
+                "buffer_tokens",
+            )
+        return self
+
+
+def _sweep_of(kind: Any) -> Any:
+    """A list of values, or one value by itself."""
+    return BeforeValidator(_as_list, json_schema_input_type=kind | list[kind])
+
+
+_Number = Annotated[float, Field(gt=0)]
+_Seed = Annotated[int, Field(ge=0)]
 
 
 class Trained(_Strict):
@@ -102,11 +181,9 @@ class Trained(_Strict):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     variant: str
-    width: Annotated[list[PositiveInt], BeforeValidator(_as_list)]
-    l0: Annotated[list[Annotated[float, Field(gt=0)]], BeforeValidator(_as_list)]
-    seed: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_as_list)] = Field(
-        default_factory=lambda: [0]
-    )
+    width: Annotated[list[PositiveInt], Field(min_length=1), _sweep_of(PositiveInt)]
+    l0: Annotated[list[_Number], Field(min_length=1), _sweep_of(_Number)]
+    seed: Annotated[list[_Seed], Field(min_length=1), _sweep_of(_Seed)] = [0]
 
     @field_validator("variant")
     @classmethod
@@ -117,12 +194,15 @@ class Trained(_Strict):
     def _possible(self) -> "Trained":
         for width, l0 in itertools.product(self.width, self.l0):
             if not 1 <= l0 <= width:
-                raise ValueError(f"l0 is {l0:g}; with width {width} it must be from 1 to {width}")
+                raise _Wrong(f"l0 is {l0:g}; with width {width} it must be from 1 to {width}", "l0")
+        for name, choices in (self.model_extra or {}).items():
+            if choices == []:
+                raise _Wrong(f"{name} is an empty list; give at least one value", name)
         for overrides in _sweep(self.model_extra or {}):
             recipe(self.variant, overrides)
-        whole = registry.get("variants", self.variant).whole_l0
-        if whole and any(l0 != round(l0) for l0 in self.l0):
-            raise ValueError(f"l0 is {self.l0}; {self.variant} keeps k latents, a whole number")
+        for l0 in self.l0:
+            if registry.get("variants", self.variant).whole_l0 and l0 != round(l0):
+                raise _Wrong(f"l0 is {l0:g}; {self.variant} keeps k latents, a whole number", "l0")
         return self
 
 
@@ -137,13 +217,6 @@ class Checkpoint(_Strict):
     @classmethod
     def _known(cls, name: str) -> str:
         return _known_name("loaders", name)
-
-
-class Plugin(NamedTuple):
-    """An eval, control or report with its parameters filled in."""
-
-    name: str
-    value: Any
 
 
 class TrainedSAE(NamedTuple):
@@ -164,43 +237,53 @@ class Suite(_Strict):
 
     name: Annotated[str, Field(pattern=NAME)]
     model: Model
-    sites: list[Site]
+    sites: Annotated[
+        list[
+            Annotated[
+                Site, BeforeValidator(_site, json_schema_input_type=str | dict[str, str | int])
+            ]
+        ],
+        Field(min_length=1),
+    ]
     text: Text
     training: TrainingOptions = TrainingOptions()
-    saes: list[Trained | Checkpoint]
-    controls: list[Plugin] = []
-    evals: list[Plugin]
-    reports: list[Plugin] = []
-
-    @field_validator("sites", mode="before")
-    @classmethod
-    def _sites(cls, entries: Any) -> Any:
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(
-                "expected a list of at least one site, such as {layer: 2, stream: resid_post}"
-            )
-        return [_explained(parse_site, entry) for entry in entries]
-
-    @field_validator("saes", mode="before")
-    @classmethod
-    def _saes(cls, entries: Any) -> Any:
-        if not isinstance(entries, list):
-            raise ValueError("expected a list")
-        return [_sae_entry(entry) for entry in entries]
-
-    @field_validator("controls", "evals", "reports", mode="before")
-    @classmethod
-    def _plugins(cls, entries: Any, info: Any) -> Any:
-        if not isinstance(entries, list):
-            raise ValueError("expected a list of names, or of {name: {parameter: value}}")
-        return [plugin(info.field_name, entry) for entry in entries]
+    saes: Annotated[
+        list[
+            Annotated[
+                Annotated[Trained, Tag("Trained")] | Annotated[Checkpoint, Tag("Checkpoint")],
+                Discriminator(_kind_of_sae),
+                BeforeValidator(_sae),
+            ]
+        ],
+        Field(min_length=1),
+    ]
+    controls: list[Annotated[Plugin, _plugin("controls")]] = []
+    evals: Annotated[list[Annotated[Plugin, _plugin("evals")]], Field(min_length=1)]
+    reports: list[Annotated[Plugin, _plugin("reports")]] = []
 
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
         names = [s.name for s in self.trained()] + [c.name for c in self.checkpoints()]
-        twice = sorted({n for n in names if names.count(n) > 1})
-        if twice:
-            raise ValueError(f"two SAEs are called {twice[0]!r}; each needs a name of its own")
+        if twice := _twice(names):
+            raise _Wrong(f"two SAEs are called {twice!r}; each needs a name of its own", "saes")
+        for name in names:
+            if not re.fullmatch(NAME, name):
+                raise _Wrong(f"an SAE would be called {name!r}, which cannot name a file", "saes")
+        for kind in ("sites", "controls", "evals", "reports"):
+            if twice := _twice(getattr(self, kind)):
+                what = twice.name if isinstance(twice, Plugin) else twice
+                raise _Wrong(f"{what} is there twice with the same parameters", kind)
+        return self
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> "Suite":
+        batch, tokens = self.training.batch_tokens, self.text.train_tokens
+        if tokens < batch:
+            raise _Wrong(
+                f"train_tokens is {tokens}; expected at least one batch, batch_tokens ({batch})",
+                "text",
+                "train_tokens",
+            )
         return self
 
     def trained(self) -> list[TrainedSAE]:
@@ -237,9 +320,12 @@ def load(path: Path) -> Suite:
         raise UserError(f"{path} cannot be read as a suite file: {error}") from None
     try:
         tree = yaml.compose(source, Loader=yaml.SafeLoader)
+        _check_tree(path, tree)
         data = yaml.safe_load(source)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: lists or mappings are nested too deep for a suite") from None
     if not isinstance(data, dict):
         raise UserError(
             f"{path}: expected a mapping with the keys {_keys(Suite)}, got {type(data).__name__}"
@@ -262,57 +348,37 @@ def plugin(kind: str, entry: Any) -> Plugin:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise ValueError(f"got {entry!r}; expected a name or {{name: {{parameter: value}}}}")
+        raise ValueError(f"got {_shown(entry)}; expected a name or {{name: {{parameter: value}}}}")
     ((name, parameters),) = entry.items()
     build = registry.get(kind, _known_name(kind, name))
-    return Plugin(name, _fill(build, parameters or {}, f"{kind[:-1]} {name}"))
+    fields = {} if parameters is None else parameters
+    return Plugin(name, _fill(build, fields, f"{kind[:-1]} {name}", name))
 
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of suite files, for editors."""
-    entry: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "object", "maxProperties": 1}]}
-    plain = {
-        "sites": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "object"}]}}
-    }
-    plain |= {
-        kind: {
-            "type": "array",
-            "items": entry | {"description": f"one of: {', '.join(registry.names(kind))}"},
-        }
-        for kind in ("controls", "evals", "reports")
-    }
-    schema = _Plain.model_json_schema()
-    schema["properties"] |= plain
+    schema = Suite.model_json_schema()
     schema["title"] = "saebench suite"
+    for kind in ("controls", "evals", "reports"):
+        names = {"enum": registry.names(kind)}
+        with_parameters = {"type": "object", "propertyNames": names, "maxProperties": 1}
+        schema["properties"][kind]["items"] = {"anyOf": [names, with_parameters]}
     schema["$defs"]["Trained"]["properties"]["variant"]["enum"] = registry.names("variants")
+    schema["$defs"]["Checkpoint"]["properties"]["format"]["enum"] = registry.names("loaders")
     return schema
 
 
-class _Plain(_Strict):
-    """The parts of a suite whose schema pydantic can tell."""
-
-    name: Annotated[str, Field(pattern=NAME)]
-    model: Model
-    sites: list[Any]
-    text: Text
-    training: TrainingOptions = TrainingOptions()
-    saes: list[Trained | Checkpoint]
-    controls: list[Any] = []
-    evals: list[Any]
-    reports: list[Any] = []
-
-
 def _expand(entry: Trained, site: Site) -> Iterator[TrainedSAE]:
-    for overrides in _sweep(entry.model_extra or {}):
-        swept = {
-            k: v for k, v in overrides.items() if isinstance((entry.model_extra or {})[k], list)
-        }
-        suffix = "".join(f"-{key}{value:g}" for key, value in swept.items())
+    options = entry.model_extra or {}
+    swept = [name for name, choices in options.items() if isinstance(choices, list)]
+    for overrides in _sweep(options):
+        filled = recipe(entry.variant, overrides)
+        suffix = "".join(f"-{name}{getattr(filled, name):g}" for name in swept)
         for width, l0, seed in itertools.product(entry.width, entry.l0, entry.seed):
             yield TrainedSAE(
                 name=f"{entry.variant}-w{width}-l{l0:g}-s{seed}{suffix}",
                 variant=entry.variant,
-                recipe=recipe(entry.variant, overrides),
+                recipe=filled,
                 width=width,
                 l0=l0,
                 seed=seed,
@@ -326,35 +392,27 @@ def _sweep(options: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*choices)]
 
 
-def _fill(build: Any, fields: dict[str, Any], what: str) -> Any:
+def _fill(build: Any, fields: Any, what: str, *where: str) -> Any:
     """The dataclass `build` with these fields, each checked against its type."""
     if not isinstance(fields, dict):
-        raise ValueError(f"{what}: got {fields!r}; expected {{parameter: value}}")
+        raise _Wrong(f"{what}: got {_shown(fields)}; expected {{parameter: value}}", *where)
     known = [field.name for field in dataclasses.fields(build)]
     for name in fields:
         if name not in known:
-            raise ValueError(f"{what} has no parameter {_nearest(name, known)}")
+            raise _Wrong(f"{what} has no parameter {_nearest(str(name), known)}", *where, str(name))
     try:
-        return TypeAdapter(build).validate_python(fields)
+        filled = _explained(partial(TypeAdapter(build).validate_python, fields))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "parameters"
-        raise ValueError(f"{what}: {field} is {first['input']!r}; {first['msg']}") from None
-
-
-def _sae_entry(entry: Any) -> Any:
-    if not isinstance(entry, dict):
-        raise ValueError(f"got {entry!r}; expected {{variant: ...}} or {{checkpoint: ...}}")
-    if ("variant" in entry) == ("checkpoint" in entry):
-        raise ValueError(f"got the keys {sorted(entry)}; expected one of variant and checkpoint")
-    return entry
-
-
-def _known_name(kind: str, name: Any) -> str:
-    names = registry.names(kind)
-    if name not in names:
-        raise ValueError(f"there is no {kind[:-1]} {_nearest(str(name), names)}")
-    return str(name)
+        name = str(first["loc"][0]) if first["loc"] else "parameters"
+        raise _Wrong(
+            f"{what}: {name} is {_shown(first['input'])}; {first['msg']}", *where, name
+        ) from None
+    for name in known:
+        value = getattr(filled, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise _Wrong(f"{what}: {name} is {value}; expected a finite number", *where, name)
+    return filled
 
 
 def _nearest(name: str, choices: list[str]) -> str:
@@ -363,10 +421,20 @@ def _nearest(name: str, choices: list[str]) -> str:
     return f"{name!r}; {hint}There are: {', '.join(choices)}"
 
 
-def _explained(parse: Any, entry: Any) -> Any:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _twice(things: list[Any]) -> Any:
+    """The first that is there twice; None where all differ."""
+    return next((thing for i, thing in enumerate(things) if thing in things[:i]), None)
+
+
+def _explained(parse: Callable[[], Any]) -> Any:
     """pydantic reports a ValueError beside its line; our own exception would pass it by."""
     try:
-        return parse(entry)
+        return parse()
     except UserError as error:
         raise ValueError(str(error)) from None
 
@@ -376,11 +444,45 @@ def _keys(model: type[BaseModel]) -> str:
 
 
 def _messages(path: Path, error: ValidationError, tree: yaml.Node | None) -> Iterator[str]:
-    for problem in error.errors():
+    # A key that is missing is often one that is misspelt, which says more.
+    for problem in sorted(error.errors(), key=lambda p: p["type"] == "missing"):
         loc = [part for part in problem["loc"] if part not in ("Trained", "Checkpoint")]
-        where = ".".join(str(part) for part in loc)
-        line = _line(tree, loc)
+        cause = problem.get("ctx", {}).get("error")
+        below = cause.field if isinstance(cause, _Wrong) else ()
+        where = ".".join(str(part) for part in [*loc, *below])
+        line = _line(tree, [*loc, *below])
         yield f"{path}:{line}: {where or 'suite'}: {_explain(problem, loc)}"
+
+
+def _check_tree(path: Path, root: yaml.Node | None) -> None:
+    """Refuses what YAML allows and no suite means: a key given twice, aliases that grow without end."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES + 1  # what a node that contains itself finds here
+            parts = node.value
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(path, node)
+                parts = [value for _, value in node.value]
+            sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if size(root) > _MOST_VALUES:
+        raise UserError(
+            f"{path}: more than {_MOST_VALUES:,} values, or aliases that stand for as many; "
+            "write a shorter suite"
+        )
+
+
+def _check_keys(path: Path, node: yaml.MappingNode) -> None:
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    for i, (key, _) in enumerate(node.value):
+        if isinstance(key, yaml.ScalarNode) and key.value in keys[:i] and key.value != "<<":
+            line = key.start_mark.line + 1
+            raise UserError(f"{path}:{line}: the key {key.value!r} is there twice; keep one")
 
 
 def _explain(problem: Any, loc: list[Any]) -> str:
@@ -396,7 +498,7 @@ def _explain(problem: Any, loc: list[Any]) -> str:
         return "this key is missing"
     if problem["type"] == "value_error":
         return str(problem["msg"]).removeprefix("Value error, ")
-    return f"got {problem['input']!r}; {problem['msg']}"
+    return f"got {_shown(problem['input'])}; {problem['msg']}"
 
 
 def _line(node: yaml.Node | None, loc: list[Any]) -> int:

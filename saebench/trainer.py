@@ -8,15 +8,17 @@ continues with the very batches that were to come.
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,9 +40,20 @@ VERSION = 1
 """Raised by every change that can move a trained weight."""
 
 SECONDS_BETWEEN_SAVES = 20.0
+# What torch.load and load_state_dict raise, depending on which byte is wrong.
+_DAMAGED = (
+    RuntimeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    EOFError,
+    OSError,
+    pickle.UnpicklingError,
+)
 _MEMORY_SHARE = 0.5
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What training needs of a subject."""
 
@@ -94,6 +107,17 @@ class TrainRun:
     def done(self, checkpoints: Path) -> bool:
         return (self.folder(checkpoints) / "sae.json").exists()
 
+    def checksum(self, checkpoints: Path) -> str:
+        """Of the trained weights, as the record says: what they are is checked when they are loaded."""
+        record = self.folder(checkpoints) / "sae.json"
+        try:
+            return str(json.loads(record.read_text(encoding="utf-8"))["checksum"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{record} is damaged: expected JSON with a checksum; delete the folder to train the "
+                "SAE again, or restore the file"
+            ) from None
+
 
 class Stream:
     """Shuffled activations of some sites, batch by batch, from any step on."""
@@ -126,23 +150,21 @@ class Stream:
 
     def batches(self, first_step: int) -> Iterator[dict[Site, Float[Tensor, "n d"]]]:
         """Centred and scaled activations for every step from `first_step` on."""
-        statistics = self.statistics()
         for number in range(first_step // self.steps_per_block, self._n_blocks()):
-            block = self._block(number)
-            order = torch.from_numpy(
-                np.random.default_rng([1, number]).permutation(len(block[self.sites[0]]))
-            )
-            for step in range(
-                number * self.steps_per_block, min((number + 1) * self.steps_per_block, self.steps)
-            ):
-                if step < first_step:
-                    continue
-                place = (step - number * self.steps_per_block) * self.batch_tokens
-                picked = order[place : place + self.batch_tokens]
-                yield {
-                    site: (x[picked.to(x.device)] - statistics[site].mean) / statistics[site].scale
-                    for site, x in block.items()
-                }
+            yield from self._batches_of(number, first_step)
+
+    def _batches_of(
+        self, number: int, first_step: int
+    ) -> Iterator[dict[Site, Float[Tensor, "n d"]]]:
+        statistics, block = self.statistics(), self._block(number)
+        size = len(block[self.sites[0]])
+        order = torch.from_numpy(np.random.default_rng([1, number]).permutation(size))
+        skipped = max(0, first_step - number * self.steps_per_block)
+        for picked in order.split(self.batch_tokens)[skipped:]:
+            yield {
+                site: (x[picked.to(x.device)] - statistics[site].mean) / statistics[site].scale
+                for site, x in block.items()
+            }
 
     def statistics(self) -> dict[Site, Statistics]:
         if not self._statistics:
@@ -185,6 +207,9 @@ class Stream:
 def train_missing(runs: list[TrainRun], stream: Stream, checkpoints: Path, device: str) -> None:
     """Trains what has no checkpoint yet, in as few passes as memory allows. Stopped work is continued."""
     missing = [run for run in runs if not run.done(checkpoints)]
+    for run in runs:
+        if run.done(checkpoints):
+            _tidy(run.folder(checkpoints))
     if not missing:
         return
     widths = {site: len(s.mean) for site, s in stream.statistics().items()}
@@ -252,8 +277,11 @@ class _Pupil:
             "training": self.training.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with results.whole_file(self.state) as file:
-            torch.save(state, file)
+        # By way of memory: torch hides what the disk says when it writes itself.
+        content = io.BytesIO()
+        torch.save(state, content)
+        with results.whole_file(self.state, content.tell()) as file:
+            file.write(content.getbuffer())
 
     def finish(self, statistics: Statistics) -> None:
         """Writes the checkpoint, the record last, and drops the training state."""
@@ -265,18 +293,21 @@ class _Pupil:
                 f"training {self.run.sae.name} ended in weights that are not finite; lower its lr"
             )
         write_checkpoint(self.folder, sae, self.run)
-        self.state.unlink(missing_ok=True)
+        _tidy(self.folder)
 
     def _restore(self, device: str) -> None:
         try:
             state = torch.load(self.state, map_location=device, weights_only=True)
             self.training.load_state_dict(state["training"])
             self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, KeyError, ValueError, EOFError) as error:
+            self.step = int(state["step"])
+        except torch.OutOfMemoryError:
+            raise  # a RuntimeError too, and none of the file's making
+        except _DAMAGED:
             raise UserError(
-                f"{self.state} cannot be read ({error}); delete it to train from the start"
+                f"{self.state} is damaged: expected the state of a stopped training; delete it to "
+                "train from the start"
             ) from None
-        self.step = int(state["step"])
 
 
 def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
@@ -299,6 +330,12 @@ def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
     }
     results.write_bytes_whole(folder / "sae.safetensors", content)
     results.write_text_whole(folder / "sae.json", json.dumps(record, indent=2) + "\n")
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what only unfinished training needs, and what a killed process left half written."""
+    for leftover in [folder / "training.pt", *folder.glob(".*.partial")]:
+        leftover.unlink(missing_ok=True)
 
 
 def _train_group(

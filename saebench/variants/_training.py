@@ -162,6 +162,14 @@ class AuxK:
         return (e - e_hat).square().sum() / (e - e.mean(0)).square().sum()
 
 
+PROPORTIONAL = 0.5
+"""Change of ln(coefficient) for a change of the error by 1, that is of L0 by a factor of e."""
+INTEGRAL = 40.0
+"""Change of ln(coefficient) for an error of 1 that lasts for the whole training."""
+INTEGRAL_PER_STEP = 0.08
+"""The most that an error of 1 adds in one step."""
+
+
 class PenaltyControl(nn.Module):
     """Steers the coefficient of a sparsity penalty so that the SAE reaches the wanted L0.
 
@@ -197,8 +205,3 @@ class PenaltyControl(nn.Module):
         change = PROPORTIONAL * (error - self.error.item()) + gain * error
         self.log_coefficient.add_(change)
         self.error.fill_(error)
-
-
-PROPORTIONAL = 0.5
-INTEGRAL = 40.0
-INTEGRAL_PER_STEP = 0.08

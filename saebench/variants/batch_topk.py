@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, final
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 from torch import Tensor
 
 from saebench import sparse
@@ -37,7 +37,7 @@ class BatchTopK(Variant):
     """Dead latents used per token for the auxiliary loss, as a share of d_in."""
     dead_after: Share
     """A latent is dead that was silent for this share of the training tokens."""
-    threshold_memory: Share
+    threshold_memory: Annotated[float, Interval(gt=0, le=1)]
     """Share of the training tokens over which the threshold is averaged."""
 
     def start(self, task: Task) -> Training:

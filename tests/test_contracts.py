@@ -1,0 +1,288 @@
+"""Every plug-in keeps its contract. A new file is tested from the moment it exists."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import re
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from saebench import registry, sparse, suite
+from saebench.controls._control import Asked, Control, Planned
+from saebench.errors import UserError
+from saebench.saes._dictionary import Dictionary
+from saebench.types import SAE, Eval
+from saebench.variants._training import Variant
+from tests import toys
+from tests.toys import D_SAE, D
+
+
+@pytest.fixture(params=registry.names("saes"))
+def sae(request):
+    return toys.sae_of(request.param)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(60, D, generator=torch.Generator().manual_seed(1)) + 1
+
+
+# Architectures
+
+
+def test_shapes(sae, x):
+    z = sae.encode(x)
+    assert z.shape == (60, D_SAE) and sae.decode(z).shape == x.shape
+    assert sae.W_enc.shape == (D, D_SAE) and sae.W_dec.shape == (D_SAE, D)
+    assert sae.b_dec.shape == (D,) and isinstance(sae, SAE)
+
+
+def test_an_architecture_is_final_and_never_trains(sae):
+    assert isinstance(sae, Dictionary) and type(sae).__final__
+    assert not any(weight.requires_grad for weight in sae.parameters())
+
+
+def test_some_latents_are_active_and_some_are_not(sae, x):
+    """Otherwise what follows would show nothing."""
+    active = (sae.encode(x) != 0).float().mean()
+    assert active > 0.05 and (active < 0.95 or type(sae).__name__ == "Linear")
+
+
+def test_a_token_is_encoded_the_same_alone_as_in_a_batch(sae, x):
+    alone = torch.cat([sae.encode(row[None]) for row in x])
+    torch.testing.assert_close(sae.encode(x), alone)
+
+
+def test_the_decoder_is_affine_in_its_dictionary(sae):
+    rows = sae.decode(torch.eye(D_SAE)) - sae.decode(torch.zeros(1, D_SAE))
+    torch.testing.assert_close(rows, sae.W_dec)
+    assert torch.equal(sae.decode(torch.zeros(1, D_SAE))[0], sae.b_dec)
+
+
+def test_the_sparse_code_is_the_dense_one_exactly(sae, x):
+    code, z = sae.encode_sparse(x), sae.encode(x)
+    assert torch.equal(sparse.to_dense(code, D_SAE), z)
+    assert (code.values != 0).all() and len(code.indices) == int((z != 0).sum())
+    for start, end in zip(code.offsets[:-1], code.offsets[1:], strict=True):
+        assert (code.indices[start:end].diff() > 0).all()
+
+
+def test_decoding_a_sparse_code_is_decoding_the_dense_one(sae, x):
+    torch.testing.assert_close(sae.decode_sparse(sae.encode_sparse(x)), sae.decode(sae.encode(x)))
+
+
+def test_no_tokens_are_encoded_into_nothing(sae, x):
+    code = sae.encode_sparse(x[:0])
+    assert len(code.indices) == 0 and sae.decode_sparse(code).shape == (0, D)
+
+
+def test_its_arguments_and_weights_build_it_again(sae, x):
+    again = type(sae)(**json.loads(json.dumps(sae.arguments())))
+    again.load_state_dict(sae.state_dict())
+    assert torch.equal(again.encode(x), sae.encode(x))
+    assert torch.equal(again.decode(sae.encode(x)), sae.decode(sae.encode(x)))
+
+
+def test_every_weight_matters(sae, x):
+    """So that none can be left out of a fold, a checkpoint or a loader without a test noticing."""
+    before = sae.decode(sae.encode(x))
+    for name, weight in sae.named_parameters():
+        kept = weight.clone()
+        weight.add_(0.5)
+        assert not torch.allclose(sae.decode(sae.encode(x)), before), name
+        weight.copy_(kept)
+
+
+def test_folding_gives_the_same_sae_of_raw_activations(sae, x):
+    sae, x = sae.double(), x.double()
+    mean, scale = torch.linspace(-3, 4, D, dtype=torch.float64), 2.5
+    raw = scale * x + mean
+    z, x_hat = sae.encode(x), sae.decode(sae.encode(x))
+    sae.fold(mean, scale)
+    torch.testing.assert_close(sae.encode(raw), scale * z)
+    torch.testing.assert_close(sae.decode(sae.encode(raw)), scale * x_hat + mean)
+
+
+def test_folding_leaves_the_directions_alone(sae):
+    W_enc, W_dec = sae.W_enc.clone(), sae.W_dec.clone()
+    sae.fold(torch.ones(D), 3.0)
+    assert torch.equal(sae.W_enc, W_enc) and torch.equal(sae.W_dec, W_dec)
+
+
+@pytest.mark.parametrize("name", registry.names("saes"))
+def test_a_wide_sae_is_encoded_a_few_tokens_at_a_time(name, monkeypatch):
+    """A million latents: the dense latents of all tokens are never held at once."""
+    monkeypatch.setattr(sparse, "_CHUNK", 2**21)
+    sae, x = toys.sae_of(name, 2, 2**20), torch.ones(3, 2)
+    held, encode = [], sae.encode
+    monkeypatch.setattr(sae, "encode", lambda x: held.append(len(x)) or encode(x))
+    code = sae.encode_sparse(x)
+    assert held == [2, 1] and len(code.offsets) == 4
+    assert sae.decode_sparse(code).shape == (3, 2)
+
+
+def test_topk_has_no_more_latents_than_there_are_positive_ones(x):
+    sae = registry.get("saes", "topk")(D, D_SAE, k=4)
+    sae.b_enc[:] = -1
+    sae.b_enc[:3] = 2
+    code = sae.encode_sparse(x)
+    assert code.offsets.diff().tolist() == [3] * len(x) and (code.values == 2).all()
+
+
+@pytest.mark.parametrize("k", [0, D_SAE + 1])
+def test_topk_refuses_a_k_beyond_its_width(k):
+    with pytest.raises(UserError, match=f"k is {k}"):
+        registry.get("saes", "topk")(D, D_SAE, k=k)
+
+
+# Variants
+
+
+@pytest.mark.parametrize("name", registry.names("variants"))
+def test_a_baseline_gives_every_field_and_no_other(name):
+    path = registry.folder("baselines") / f"{name}.yaml"
+    fields = [f.name for f in dataclasses.fields(registry.get("variants", name))]
+    given = yaml.safe_load(path.read_text())
+    assert sorted(given) == sorted(fields)
+    assert isinstance(suite.recipe(name, {}), Variant)
+
+
+@pytest.mark.parametrize("name", registry.names("variants"))
+def test_a_baseline_names_the_source_of_its_values(name):
+    """On its own line; fields that every variant has may stand under the source of the line above."""
+    header, *lines = (registry.folder("baselines") / f"{name}.yaml").read_text().splitlines()
+    assert re.match(r"# .* 20\d\d, ", header), header
+    shared = {f.name for f in dataclasses.fields(Variant)} - {"lr"}
+    for line in lines:
+        key, _, rest = line.partition(":")
+        if not line.startswith("#") and key not in shared:
+            assert len(rest.partition("#")[2]) > 5, line
+
+
+def test_there_is_no_baseline_without_a_variant():
+    files = sorted(path.stem for path in registry.folder("baselines").glob("*.yaml"))
+    assert files == registry.names("variants")
+
+
+@pytest.mark.parametrize("name", registry.names("variants"))
+def test_no_field_of_a_recipe_has_a_default(name):
+    for field in dataclasses.fields(registry.get("variants", name)):
+        assert field.default is field.default_factory is dataclasses.MISSING, field.name
+
+
+# Evals
+
+
+@pytest.mark.parametrize("name", registry.names("evals"))
+def test_evals_are_frozen_defaults_with_declared_metrics(name):
+    cls = registry.get("evals", name)
+    assert issubclass(cls, Eval) and cls.version >= 1 and cls.metrics and cls.__final__
+    assert cls.__dataclass_params__.frozen
+    json.dumps(dataclasses.asdict(cls()))
+    for metric in cls.metrics:
+        assert metric.doc and metric.name.islower(), metric
+        if metric.statistic != "ratio":
+            assert metric.unit == "latent", "quantiles are over latents"
+
+
+def test_no_two_evals_have_a_metric_of_the_same_name():
+    names = toys.all_metrics()
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", registry.names("evals"))
+def test_scores_are_of_declared_metrics_in_float64(name):
+    eval_, world = registry.get("evals", name)(), toys.world()
+    sae = toys.aligned(toys.sae_of("relu").double())
+    found = toys.scores(sae, world, [[0, 1, 2], [3, 4, 5, 6, 7]], [eval_])
+    assert {m.name for m in eval_.metrics} == found.keys()
+    for score in found.values():
+        assert score.num.dtype == score.den.dtype == np.float64
+        assert score.num.shape == score.den.shape and score.num.ndim == 1
+        assert np.isfinite(score.num).all() and np.isfinite(score.den).all()
+        assert score.n >= 1 and (score.reference is None or np.isfinite(score.reference))
+
+
+@pytest.mark.parametrize("name", registry.names("evals"))
+def test_every_metric_of_an_eval_is_in_its_formulas(name):
+    module = importlib.import_module(f"saebench.evals.{name}")
+    for metric in registry.get("evals", name).metrics:
+        family = metric.name.removeprefix("ce_loss_") if name == "fidelity" else metric.name
+        family = family.removesuffix("_q05").removesuffix("_q95")
+        assert family in module.__doc__ or metric.name in ("density",), metric.name
+
+
+# Controls, loaders, reports
+
+
+ASKED = [
+    Asked("a", "topk", 32, 4.0, "hash a"),
+    Asked("b", "relu", 32, 4.0, "hash b"),
+    Asked("c", "relu", 32, 8.0, "hash c"),
+    Asked("d", "relu", 64, 8.0, "hash d"),
+]
+
+
+@pytest.mark.parametrize("name", registry.names("controls"))
+def test_controls_are_frozen_defaults_and_plan_distinct_saes(name):
+    cls = registry.get("controls", name)
+    assert issubclass(cls, Control) and cls.__dataclass_params__.frozen and cls.__final__
+    json.dumps(dataclasses.asdict(cls()))
+    planned = cls().plan(ASKED)
+    assert planned and all(isinstance(p, Planned) for p in planned)
+    assert len({p.suffix for p in planned}) == len(planned)
+    assert all(p.suffix == "" or p.suffix.startswith("-") for p in planned)
+
+
+@pytest.mark.parametrize("name", registry.names("reports"))
+def test_reports_are_frozen_and_can_be_called(name):
+    cls = registry.get("reports", name)
+    assert cls.__dataclass_params__.frozen and callable(cls)
+    assert "folder" in inspect.signature(cls.__call__).parameters
+
+
+@pytest.mark.parametrize("name", registry.names("loaders"))
+def test_loaders_take_a_path_and_refuse_what_is_not_there(name, tmp_path):
+    load = registry.get("loaders", name)
+    with pytest.raises(UserError, match="missing"):
+        load(tmp_path / "missing")
+
+
+# All plug-ins
+
+
+EVERY = [(kind, name) for kind in registry.KINDS for name in registry.names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), EVERY)
+def test_every_plugin_says_what_it_is_and_is_named_after_its_file(kind, name):
+    plugin = registry.get(kind, name)
+    assert len(inspect.getmodule(plugin).__doc__) > 40
+    assert plugin.__name__.lower() == name.replace("_", "")
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_an_unknown_plugin_is_refused_with_the_names_there_are(kind):
+    with pytest.raises(UserError, match=f"no 'nonsense' in {kind}.*{registry.names(kind)[0]}"):
+        registry.get(kind, "nonsense")
+
+
+def test_a_private_file_is_no_plugin():
+    assert "_training" not in registry.names("variants")
+
+
+def test_another_package_can_add_a_plugin(monkeypatch):
+    added = EntryPoint("mine", "tests.toys:all_evals", "saebench.evals")
+    groups = {"saebench.evals": (added,)}
+    monkeypatch.setattr(registry, "entry_points", lambda group: groups.get(group, ()))
+    assert "mine" in registry.names("evals") and "mine" not in registry.names("saes")
+    assert registry.get("evals", "mine") is importlib.import_module("tests.toys").all_evals
+
+
+def test_every_kind_of_plugin_has_some():
+    assert all(registry.names(kind) for kind in registry.KINDS)

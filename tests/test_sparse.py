@@ -1,0 +1,226 @@
+"""Sparse codes, and selections of pairs against plain dense autograd."""
+
+import hypothesis.extra.numpy as st_numpy
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench import sparse
+
+N, WIDTH, D = 13, 20, 5
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def some_latents(n=N, width=WIDTH, share=0.2, seed=0):
+    z = normal(n, width, seed=seed)
+    z[normal(n, width, seed=seed + 1) > np.sqrt(2) * share - 1] = 0
+    z[3] = 0  # a token without any latent
+    return z
+
+
+# Codes
+
+
+def test_a_code_holds_ascending_latents_and_no_zeros():
+    z = some_latents()
+    code = sparse.from_dense(z)
+    for i, row in enumerate(z.tolist()):
+        own = slice(code.offsets[i], code.offsets[i + 1])
+        assert code.indices[own].tolist() == [j for j, value in enumerate(row) if value != 0]
+        assert code.values[own].tolist() == [value for value in row if value != 0]
+    assert len(code.offsets) == N + 1
+
+
+def test_a_code_gives_back_the_dense_latents():
+    z = some_latents()
+    assert torch.equal(sparse.to_dense(sparse.from_dense(z), WIDTH), z)
+
+
+def test_negative_latents_are_kept():
+    assert sparse.from_dense(torch.tensor([[0.0, -2.0]])).values.tolist() == [-2.0]
+
+
+def test_rows_name_the_token_of_every_latent():
+    z = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 3.0]])
+    assert sparse.rows_of(sparse.from_dense(z)).tolist() == [0, 0, 2]
+
+
+def test_decoding_is_the_dense_product():
+    z, W_dec = some_latents(), normal(WIDTH, D, seed=5)
+    found = sparse.decode(sparse.from_dense(z), W_dec)
+    np.testing.assert_allclose(found, z.numpy() @ W_dec.numpy(), atol=1e-14)
+    assert found[3].tolist() == [0] * D
+
+
+def test_nothing_active_decodes_to_zeros():
+    code = sparse.from_dense(torch.zeros(4, WIDTH))
+    assert torch.equal(sparse.decode(code, torch.ones(WIDTH, D)), torch.zeros(4, D))
+
+
+def test_no_tokens_are_a_code_too():
+    code = sparse.from_dense(torch.zeros(0, WIDTH))
+    assert len(code.indices) == 0 and code.offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("sizes", [[13], [1] * 13, [4, 0, 9], [3, 1, 5, 4]])
+def test_codes_of_consecutive_tokens_join(sizes):
+    z = some_latents()
+    joined = sparse.concatenate([sparse.from_dense(part) for part in z.split(sizes)])
+    for found, expected in zip(joined, sparse.from_dense(z), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("d_sae", [1, 512, 2**20, 2**26])
+def test_chunks_of_tokens_have_small_dense_latents_whatever_the_width(d_sae):
+    x = torch.arange(600.0).reshape(300, 2)
+    chunks = sparse.token_chunks(x, d_sae)
+    assert torch.equal(torch.cat(chunks), x)
+    assert all(len(chunk) == 1 or len(chunk) * d_sae <= 2**25 for chunk in chunks)
+
+
+# Selections
+
+
+def everything(pre, mask):
+    return sparse.Everything(pre)
+
+
+def pairs(pre, mask):
+    return sparse.Pairs(pre, *mask.nonzero(as_tuple=True))
+
+
+class Parts:
+    """Parameters of a small SAE, each a leaf."""
+
+    def __init__(self, dtype):
+        self.x = normal(N, D, seed=1, dtype=dtype)
+        self.encoder, self.decoder = normal(WIDTH, D, seed=2), normal(WIDTH, D, seed=3)
+        self.bias, self.scale = normal(WIDTH, seed=4) - 1, normal(WIDTH, seed=5)
+        self.names = ("encoder", "decoder", "bias", "scale")
+        for name in self.names:
+            setattr(self, name, getattr(self, name).to(dtype).requires_grad_())
+
+    def dense_pre(self):
+        return self.x @ self.encoder.T + self.bias
+
+    def gradients(self, x_hat, values):
+        """Of some loss that weighs every output differently."""
+        weight = normal(N, D, seed=6, dtype=self.x.dtype)
+        loss = (weight * x_hat).sum() + x_hat.square().sum() + values.square().sum()
+        return torch.autograd.grad(loss, [getattr(self, name) for name in self.names])
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("form", [everything, pairs])
+def test_a_selection_has_the_gradients_of_plain_autograd(form, dtype, near):
+    parts = Parts(dtype)
+    pre = parts.dense_pre()
+    f = (pre * parts.scale.exp()).relu()
+    expected = parts.gradients(f @ parts.decoder, f)
+
+    dense = pre.detach()
+    chosen = form(dense, dense > 0)
+    values = chosen.pre(parts.x, parts.encoder, parts.bias)
+    values = (values * chosen.of_latent(parts.scale.exp())).relu()
+    x_hat = chosen.decode(values, parts.decoder)
+    found = parts.gradients(x_hat, values)
+
+    torch.testing.assert_close(x_hat, (f @ parts.decoder).detach(), rtol=near, atol=near)
+    for name, a, b in zip(parts.names, found, expected, strict=True):
+        assert float((a - b).abs().max() / b.abs().max()) < near, name
+
+
+@pytest.mark.parametrize("form", [everything, pairs])
+def test_a_constant_decoder_gets_no_gradient(form):
+    parts = Parts(torch.float64)
+    dense = parts.dense_pre().detach()
+    chosen = form(dense, dense > 0)
+    values = chosen.pre(parts.x, parts.encoder, parts.bias).relu()
+    chosen.decode(values, parts.decoder.detach()).square().sum().backward()
+    assert parts.decoder.grad is None
+    assert parts.encoder.grad is not None and parts.encoder.grad.any()
+
+
+@pytest.mark.parametrize("form", [everything, pairs])
+def test_firing_and_l0_count_values_above_zero_only(form):
+    pre = torch.tensor([[0.0, -1.0, 2.0], [3.0, 0.0, 1.0]])
+    chosen = form(pre, torch.ones(2, 3, dtype=torch.bool))
+    values = chosen.pre(torch.zeros(2, 1), torch.zeros(3, 1), torch.zeros(3))
+    assert chosen.fired(values).tolist() == [True, False, True]
+    assert chosen.l0(values) == 1.5
+
+
+def test_an_empty_selection_has_gradients_of_zero():
+    parts = Parts(torch.float64)
+    pre = parts.dense_pre().detach()
+    chosen = pairs(pre, torch.zeros_like(pre, dtype=torch.bool))
+    values = chosen.pre(parts.x, parts.encoder, parts.bias)
+    values = values * chosen.of_latent(parts.scale)
+    x_hat = chosen.decode(values, parts.decoder)
+    assert not x_hat.any() and chosen.l0(values) == 0
+    for gradient in parts.gradients(x_hat, values):
+        assert not gradient.any()
+
+
+def test_a_mask_is_sparse_up_to_the_switch_and_dense_above():
+    pre = normal(10, 10)
+    at = torch.zeros(100, dtype=torch.bool)
+    at[: round(sparse.DENSE_ABOVE * 100)] = True
+    above = at.clone()
+    above[-1] = True
+    assert isinstance(sparse.select(pre, at.reshape(10, 10)), sparse.Pairs)
+    assert isinstance(sparse.select(pre, above.reshape(10, 10)), sparse.Everything)
+
+
+def test_both_sides_of_the_switch_give_the_same_result(monkeypatch):
+    parts = Parts(torch.float64)
+    dense = parts.dense_pre().detach()
+    results = []
+    for share in (1.0, 0.0):
+        monkeypatch.setattr(sparse, "DENSE_ABOVE", share)
+        chosen = sparse.select(dense, dense > 0)
+        values = chosen.pre(parts.x, parts.encoder, parts.bias).relu()
+        x_hat = chosen.decode(values, parts.decoder)
+        results.append((chosen, x_hat, chosen.l0(values), chosen.fired(values)))
+    (sparse_one, x1, l1, fired1), (dense_one, x2, l2, fired2) = results
+    assert isinstance(sparse_one, sparse.Pairs) and isinstance(dense_one, sparse.Everything)
+    torch.testing.assert_close(x1, x2, rtol=1e-13, atol=1e-13)
+    assert l1 == l2 and torch.equal(fired1, fired2)
+
+
+def test_top_per_token_are_the_largest_of_each_token():
+    pre = normal(N, WIDTH)
+    chosen = sparse.top_per_token(pre, 3)
+    for i, row in enumerate(pre.tolist()):
+        own = chosen.columns[chosen.rows == i].tolist()
+        assert sorted(own) == sorted(sorted(range(WIDTH), key=lambda j: -row[j])[:3])
+
+
+COARSE = st.integers(-4, 4).map(float)  # few different values: many ties
+FINE = st.floats(-5, 5, width=32)
+SHAPE = st.tuples(st.integers(1, 6), st.integers(1, 8))
+PRE = st_numpy.arrays(np.float32, SHAPE, elements=st.one_of(COARSE, FINE))
+
+
+@settings(deadline=None, database=None, max_examples=300)
+@given(PRE, st.integers(1, 60), st.floats(-3, 8, width=32))
+def test_the_top_of_a_batch_is_that_of_a_full_sort_for_any_guess(pre, count, guess):
+    chosen, smallest = sparse.top_of_batch(torch.from_numpy(pre), count, torch.tensor(guess))
+    found = pre[chosen.rows.numpy(), chosen.columns.numpy()]
+    expected = sorted((v for v in pre.ravel() if v > 0), reverse=True)[:count]
+    assert sorted(found, reverse=True) == expected
+    assert len(set(zip(chosen.rows.tolist(), chosen.columns.tolist(), strict=True))) == len(found)
+    assert chosen.rows.tolist() == sorted(chosen.rows.tolist())
+    if expected:
+        assert smallest.item() == expected[-1]
+
+
+def test_a_batch_without_anything_positive_has_no_top():
+    guess = torch.tensor(0.3)
+    chosen, smallest = sparse.top_of_batch(-torch.ones(2, 3), 4, guess)
+    assert len(chosen.rows) == 0 and smallest == guess

@@ -1,0 +1,249 @@
+"""A toy world in which every right answer can be worked out by hand.
+
+Its "language model" is one linear readout of the stream: what it predicts at a position follows from the
+activation there alone, so references and outcomes are a few lines of NumPy.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench import registry, stats
+from saebench.types import SAE, Eval, Facts, Outcome, References, Score, Seen, Site, Skip
+
+D, D_SAE, VOCABULARY = 6, 24, 11
+LENGTHS = (5, 9, 1, 12, 3, 8, 6, 10)
+"""Of the sequences; the third has no position with a next token, so fidelity has no unit for it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The evaluation text at one site. Everything in float64, so that laws can be checked sharply."""
+
+    x: Tensor  # [n d]
+    sequence: Tensor  # [n]
+    scored: Tensor  # [n], bool
+    following: np.ndarray  # [n], the next token
+    readout: np.ndarray  # [d vocabulary]
+
+    @property
+    def n_sequences(self) -> int:
+        return int(self.sequence.max()) + 1
+
+    @property
+    def mean(self) -> Tensor:
+        return self.x.double().mean(0)
+
+    def facts(self) -> Facts:
+        return Facts(Site("toy", 0), self.n_sequences, len(self.x), self.mean)
+
+    def batches(self, groups: Sequence[Sequence[int]] | None = None) -> Iterator["ToyBatch"]:
+        """One batch for each group of sequences; all sequences in one where no groups are given."""
+        for group in groups or [range(self.n_sequences)]:
+            tokens = [torch.nonzero(self.sequence == s).squeeze(-1) for s in group]
+            yield ToyBatch(self, torch.cat(tokens))
+
+    def log_p(self, x: Tensor) -> np.ndarray:
+        logits = x.double().numpy() @ self.readout
+        top = logits.max(-1, keepdims=True)
+        return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+    def scaled(self, a: float) -> "World":
+        """The same text of a model whose stream is a times as large."""
+        return replace(self, x=a * self.x, readout=self.readout / a)
+
+
+@dataclass(frozen=True)
+class ToyBatch:
+    world: World
+    tokens: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return self.world.x[self.tokens]
+
+    @property
+    def target(self) -> Tensor:
+        return self.x
+
+    @property
+    def sequence(self) -> Tensor:
+        return self.world.sequence[self.tokens]
+
+    @property
+    def scored_sequence(self) -> Tensor:
+        return self.sequence[self._scored]
+
+    @property
+    def _scored(self) -> Tensor:
+        return self.world.scored[self.tokens]
+
+    def _loss(self, stream: Tensor) -> Tensor:
+        log_p = self.world.log_p(stream)
+        following = self.world.following[self.tokens.numpy()]
+        loss = [-log_p[i, token] for i, token in enumerate(following) if self._scored[i]]
+        return torch.tensor(np.array(loss))
+
+    def references(self) -> References:
+        mean = self.world.mean.expand(len(self.tokens), -1)
+        return References(
+            self._loss(self.x), self._loss(torch.zeros_like(self.x)), self._loss(mean)
+        )
+
+    def outcome(self, replacement: Tensor) -> Outcome:
+        clean, new = self.world.log_p(self.x), self.world.log_p(replacement)
+        kl = torch.from_numpy((np.exp(clean) * (clean - new)).sum(-1))
+        same = torch.from_numpy(clean.argmax(-1) == new.argmax(-1))
+        return Outcome(self._loss(replacement), kl[self._scored], same[self._scored])
+
+
+def world(offset: float = 3.0, dtype: torch.dtype = torch.float64) -> World:
+    rng = np.random.default_rng(0)
+    n = sum(LENGTHS)
+    sequence = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    last = np.append(sequence[1:] != sequence[:-1], True)
+    x = torch.from_numpy(rng.normal(size=(n, D)) * rng.uniform(0.5, 2, D) + offset)
+    return World(
+        x.to(dtype),
+        torch.from_numpy(sequence),
+        torch.from_numpy(~last & (np.arange(n) % 6 != 0)),
+        rng.integers(VOCABULARY, size=n),
+        rng.normal(size=(D, VOCABULARY)),
+    )
+
+
+class Fixed:
+    """An SAE with nothing but a reconstruction: its latents are whatever the test gives."""
+
+    def __init__(self, x_hat: Any, b_dec: Tensor | None = None) -> None:
+        self.d_in = self.d_sae = D
+        self.x_hat = x_hat
+        self.W_dec = self.W_enc = torch.eye(D, dtype=torch.float64)
+        self.b_dec = b_dec
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.x_hat(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+    def encode_sparse(self, x: Tensor) -> Any:
+        from saebench import sparse
+
+        return sparse.from_dense(self.encode(x))
+
+    def decode_sparse(self, code: Any) -> Tensor:
+        from saebench import sparse
+
+        return sparse.to_dense(code, self.d_sae)
+
+
+def all_evals() -> list[Eval]:
+    return [registry.get("evals", name)() for name in registry.names("evals")]
+
+
+def all_metrics() -> list[str]:
+    return [metric.name for eval_ in all_evals() for metric in eval_.metrics]
+
+
+def scores(
+    sae: SAE,
+    world: World,
+    groups: Sequence[Sequence[int]] | None = None,
+    evals: Sequence[Eval] | None = None,
+) -> dict[str, Score]:
+    """Every metric of every eval that applies, computed as the runner does."""
+    found: dict[str, Score] = {}
+    for eval_ in all_evals() if evals is None else evals:
+        try:
+            tally = eval_.start(sae, world.facts())
+            for batch in world.batches(groups):
+                code = sae.encode_sparse(batch.x)
+                x_hat = sae.decode_sparse(code)
+                tally.update(Seen(batch, code, x_hat, batch.outcome(x_hat)))
+            found |= {score.metric: score for score in tally.scores()}
+        except Skip:
+            continue
+    return found
+
+
+def values(*args: Any, **kwargs: Any) -> dict[str, float]:
+    statistic = {m.name: m.statistic for eval_ in all_evals() for m in eval_.metrics}
+    return {
+        name: stats.value(score.num, score.den, statistic[name])
+        for name, score in scores(*args, **kwargs).items()
+    }
+
+
+SAMPLE = {int: 4, float: 0.1}
+"""A legal value for any extra argument of an architecture."""
+
+
+def sae_of(name: str, d_in: int = D, d_sae: int = D_SAE, seed: int = 0) -> Any:
+    """An SAE of one architecture with random weights; what must not be negative is not."""
+    build = registry.get("saes", name)
+    extra = [p for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    sae = build(d_in, d_sae, **{p.name: SAMPLE[p.annotation] for p in extra})
+    generator = torch.Generator().manual_seed(seed)
+    for key, weight in sae.named_parameters():
+        weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
+        if key == "threshold":
+            weight.abs_()
+    return sae
+
+
+def aligned(sae: Any) -> Any:
+    """The same with an encoder near its decoder, so that reconstructions point along activations."""
+    sae.W_enc.mul_(0.5).add_(sae.W_dec.T)
+    sae.W_dec.mul_(0.1)
+    return sae
+
+
+def task(
+    d_in: int = 8, width: int = 32, l0: float = 4, tokens: int = 64 * 200, seed: int = 0
+) -> Any:
+    from saebench.variants._training import Task
+
+    return Task(d_in, width, l0, tokens, torch.Generator().manual_seed(seed))
+
+
+def sparse_data(
+    n: int, d: int = 8, features: int = 32, active: float = 2.0, seed: int = 0
+) -> Tensor:
+    """Sums of a few of `features` directions, centred and of unit mean square."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(
+        torch.randn(features, d, generator=torch.Generator().manual_seed(99)), dim=-1
+    )
+    on = torch.rand(n, features, generator=generator) < active / features
+    x = (on * (0.5 + torch.rand(n, features, generator=generator))) @ directions
+    x = x - x.mean(0)
+    return x / x.square().sum(1).mean().sqrt()
+
+
+class Learner:
+    """What the trainer does at every step, without files, schedules and groups."""
+
+    def __init__(self, recipe: Any, task: Any) -> None:
+        self.recipe, self.task = recipe, task
+        self.training = recipe.start(task)
+        self.optimizer = torch.optim.Adam(
+            self.training.parameters(), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2)
+        )
+        self.seen = 0
+
+    def learn(self, x: Tensor) -> float:
+        loss = self.training.loss(x, self.seen / self.task.tokens)
+        loss.backward()
+        self.training.after_backward()
+        torch.nn.utils.clip_grad_norm_(self.training.parameters(), self.recipe.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.training.after_step()
+        self.seen += len(x)
+        return loss.item()
