@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from models import (
+from tests.models import (
     BOS,
     CONTEXT,
     D_MLP,

@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import byte_tokenizer
+from tests.models import byte_tokenizer
 
 from saebench import cache as cache_module
 from saebench import text

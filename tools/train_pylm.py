@@ -5,7 +5,7 @@
 Text: the modules of the running Python's standard library, its test-suite where that is installed, and
 `pydoc_data.topics` (English prose). Modules whose name hashes into the held-out share are never seen by the tokenizer
 or by the model; the loss in the model card is measured on those of them that are not tests. On 2 CPU cores
-with AMX (bfloat16) a run takes about 75 minutes; a stopped run continues from OUT_DIR/state.pt.
+with AMX (bfloat16) a run takes about an hour; a stopped run continues from OUT_DIR/state.pt.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--batch", type=int, default=32, help="rows of 256 tokens a step")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile; wants a C++ compiler"

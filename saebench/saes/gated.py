@@ -1,4 +1,4 @@
-"""Gated SAE (Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014, eqs. 3 to 7).
+"""Gated SAE (Rajamanoharan et al. 2024, https://arxiv.org/abs/2404.16014).
 
 pi    = x W_enc
 z     = [pi + b_gate > 0] * relu(exp(r_mag) * pi + b_mag)

@@ -1,10 +1,10 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, https://arxiv.org/abs/2407.14435).
 
 f    = pre where pre > threshold, else 0,  pre = x W_enc + b_enc
-loss = |x - x_hat|^2 + sparsity (L0 / wanted - 1)^2        (section 5, "training to a fixed L0")
+loss = |x - x_hat|^2 + sparsity (L0 / wanted - 1)^2
 
 The jump has no useful gradient with respect to the threshold, so a rectangle of width `bandwidth` about it stands
-in (eqs. 11 and 12): df/dthreshold = -threshold/bandwidth and dL0/dthreshold = -1/bandwidth where
+in (section 4): df/dthreshold = -threshold/bandwidth and dL0/dthreshold = -1/bandwidth where
 |pre - threshold| < bandwidth / 2. It is applied to the pre-activation, before the jump, so that both halves of the
 rectangle count; the threshold is learned itself, not its logarithm, which Adam would barely move.
 """
