@@ -8,6 +8,13 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+
+from saebench import text
+from saebench.cache import Cache
+from saebench.errors import UserError
+from saebench.sites import STREAMS, parse_site
+from saebench.subject import LanguageModel, load_model, rows_per_batch
+from saebench.types import Batch, Site
 from tests.models import (
     BOS,
     CONTEXT,
@@ -23,13 +30,6 @@ from tests.models import (
     tiny_model,
     tiny_tokens,
 )
-
-from saebench import text
-from saebench.cache import Cache
-from saebench.errors import UserError
-from saebench.sites import STREAMS, parse_site
-from saebench.subject import LanguageModel, load_model, rows_per_batch
-from saebench.types import Batch, Site
 
 ASSETS = Path(__file__).parents[2] / "shared" / "assets"
 STORIES = ASSETS / "stories260k-hf"

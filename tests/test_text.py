@@ -19,13 +19,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import byte_tokenizer
 
 from saebench import cache as cache_module
 from saebench import text
 from saebench.cache import Cache, spec_hash
 from saebench.errors import UserError
 from saebench.text import Builtin, Document, Files, HubDataset, TokenDocument
+from tests.models import byte_tokenizer
 
 BYTES = byte_tokenizer()
 BOS = BYTES.bos_token_id
