@@ -250,10 +250,11 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
                 f"{untrained} SAEs that --only leaves out are not trained yet, and not in the tables"
             )
         runs = bench.eval_runs(bench.candidates())
-        _write_manifest(bench, runs)
-        failed = score(bench, [r for r in runs if _to_do(bench, r)])
+        to_do = [r for r in runs if _to_do(bench, r)]
+        changed = _write_manifest(bench, runs) or bool(to_do)
+        failed = score(bench, to_do)
         try:
-            write_reports(suite, bench.folder)
+            write_reports(suite, bench.folder, changed)
         except UserError as reason:
             if not failed:
                 raise
@@ -313,11 +314,15 @@ def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
     return failed
 
 
-def write_reports(suite: Suite, folder: Path) -> None:
-    finished = results.read(folder)
-    for report in suite.reports:
-        for path in report.value(finished, folder):
-            log.info("wrote %s", path)
+def write_reports(suite: Suite, folder: Path, changed: bool) -> None:
+    """All reports; where no result has changed, those of which a file is missing."""
+    wanted = [r.value for r in suite.reports]
+    missing = [r for r in wanted if not all(path.exists() for path in r.files(folder))]
+    todo = wanted if changed else missing
+    if todo:
+        finished = results.read(folder)
+        for report in todo:
+            report(finished, folder)
 
 
 class _Scoring:
@@ -474,8 +479,9 @@ def _to_do(bench: Workbench, run_: EvalRun) -> bool:
     return chosen and not results.run_file(bench.folder, run_.spec).exists()
 
 
-def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:
-    results.write_manifest(
+def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> bool:
+    """Whether it says something new."""
+    return results.write_manifest(
         bench.folder,
         bench.suite.name,
         _public_definition(bench),

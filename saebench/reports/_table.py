@@ -294,13 +294,10 @@ def _tied(
     kept = all(files.has_units(results, file) for file in rows["file"])
     if heading.best is None or len(rows) < 2 or not kept:
         return frozenset()
-    found = files.units(
-        results._replace(scores=newest(results.scores)),
-        heading.key.metric,
-        eval_name=heading.key.eval_name,
-        params=heading.key.params,
-        saes=list(rows.index),
-    )
+    found = {
+        str(sae): files.units_in(results.folder / str(file), heading.key.metric)
+        for sae, file in rows["file"].items()
+    }
     # One SAE's latents are not another's.
     paired = heading.unit != "latent"
     if paired:

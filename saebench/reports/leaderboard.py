@@ -66,12 +66,14 @@ class Leaderboard:
             "tex": lambda: _latex(results.suite, table),
         }
         table = _table.build(results, self.metrics)
-        paths = []
-        for name in self.formats:
-            path = folder / f"leaderboard.{name}"
-            write_text_whole(path, renderers[name]())
-            paths.append(path)
+        paths = self.files(folder)
+        for path in paths:
+            write_text_whole(path, renderers[path.suffix[1:]]())
         return paths
+
+    def files(self, folder: Path) -> list[Path]:
+        """What a call writes."""
+        return [folder / f"leaderboard.{name}" for name in self.formats]
 
     def text(self, results: Results) -> str:
         """For a terminal; what is bold in the files carries a star here."""

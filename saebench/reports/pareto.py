@@ -153,12 +153,16 @@ class Pareto:
             )
 
     def __call__(self, results: Results, folder: Path) -> list[Path]:
-        name = re.sub(r"[^A-Za-z0-9]+", "_", f"pareto_{self.x}_{self.y}").strip("_")
-        paths = [folder / f"{name}.{ending}" for ending in self.formats]
+        paths = self.files(folder)
         figure = self.draw(results)
         for path in paths:
             self.save(figure, path)
         return paths
+
+    def files(self, folder: Path) -> list[Path]:
+        """What a call writes."""
+        name = re.sub(r"[^A-Za-z0-9]+", "_", f"pareto_{self.x}_{self.y}").strip("_")
+        return [folder / f"{name}.{ending}" for ending in self.formats]
 
     def draw(self, results: Results) -> Figure:
         plot = _plot(results, self.x, self.y)
