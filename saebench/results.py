@@ -136,6 +136,12 @@ def run_file(folder: Path, spec: Spec) -> Path:
     return folder / "runs" / f"{sae}--{eval_name}--{key(spec)}.json"
 
 
+def done(folder: Path, spec: Spec) -> bool:
+    """Whether a run is finished: its scores and their units are there, or the reason for neither."""
+    run = run_file(folder, spec)
+    return run.is_file() and (units_file(run).is_file() or "skipped" in _load(run))
+
+
 def units_file(run: Path) -> Path:
     return run.with_suffix(".units.parquet")
 
@@ -221,13 +227,20 @@ def whole_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
         raise
 
 
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Only one process writes a suite's results; the lock dies with the process that holds it."""
     import fcntl  # POSIX only, and reports must open elsewhere too
 
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock_file = (folder / ".lock").open("a")
     except OSError as error:
         raise _unwritable(folder, error) from error

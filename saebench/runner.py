@@ -87,6 +87,8 @@ class Workbench:
 
     def __init__(self, suite: Suite, suite_file: Path, options: Options) -> None:
         self.suite, self.options = suite, options
+        if options.cache is not None:
+            results.make_folder(options.cache)
         self.folder = options.results / suite.name
         loaded = load_model(
             _model_id(suite, suite_file),
@@ -239,6 +241,7 @@ class Workbench:
 def run(suite: Suite, suite_file: Path, options: Options) -> int:
     """The whole suite. Returns the number of runs that failed; the others are finished and kept."""
     bench = Workbench(suite, suite_file, options)
+    results.make_folder(options.checkpoints)
     with results.lock(bench.folder):
         # What is wrong with checkpoints and controls shows before hours of training.
         _check_chosen(bench, [candidate.name for candidate in bench.candidates()])
@@ -251,10 +254,10 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
             )
         runs = bench.eval_runs(bench.candidates())
         to_do = [r for r in runs if _to_do(bench, r)]
-        changed = _write_manifest(bench, runs) or bool(to_do)
+        _write_manifest(bench, runs)
         failed = score(bench, to_do)
         try:
-            write_reports(suite, bench.folder, changed)
+            write_reports(suite, bench.folder)
         except UserError as reason:
             if not failed:
                 raise
@@ -314,15 +317,26 @@ def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
     return failed
 
 
-def write_reports(suite: Suite, folder: Path, changed: bool) -> None:
-    """All reports; where no result has changed, those of which a file is missing."""
+def write_reports(suite: Suite, folder: Path) -> None:
+    """All reports, unless they were made from these very runs and are still there.
+
+    What they were made from is noted last, so that a stop in between leaves nothing stale.
+    """
     wanted = [r.value for r in suite.reports]
-    missing = [r for r in wanted if not all(path.exists() for path in r.files(folder))]
-    todo = wanted if changed else missing
-    if todo:
-        finished = results.read(folder)
-        for report in todo:
-            report(finished, folder)
+    basis = {
+        "saebench": saebench.__version__,
+        "manifest": (folder / "suite.json").read_text(encoding="utf-8"),
+        "runs": sorted(path.name for path in (folder / "runs").glob("*")),
+        "reports": [[r.name, dataclasses.asdict(r.value)] for r in suite.reports],
+    }
+    note, key = folder / ".reports", results.key(basis)
+    whole = all(path.exists() for report in wanted for path in report.files(folder))
+    if whole and note.exists() and note.read_text() == key:
+        return
+    finished = results.read(folder)
+    for report in wanted:
+        report(finished, folder)
+    results.write_text_whole(note, key)
 
 
 class _Scoring:
@@ -352,14 +366,13 @@ class _Scoring:
             tally.update(seen)
         self.seconds += time.perf_counter() - began
 
-    def finish(self) -> None:
-        for run_, tally in self.tallies:
-            try:
-                rows = [_row(run_.eval, s) for s in tally.scores()]
-            except Skip as reason:
-                self._skip(run_, reason)
-                continue
-            results.write(self.bench.folder, run_.spec, rows, self._provenance())
+    def finish(self, run_: EvalRun, tally: Tally) -> None:
+        try:
+            rows = [_row(run_.eval, s) for s in tally.scores()]
+        except Skip as reason:
+            self._skip(run_, reason)
+            return
+        results.write(self.bench.folder, run_.spec, rows, self._provenance())
 
     def _skip(self, run_: EvalRun, reason: Skip) -> None:
         results.write_skip(self.bench.folder, run_.spec, str(reason), self._provenance())
@@ -385,8 +398,9 @@ def _score_group(
                     scorings.remove(scoring)
             meter.advance(len(batch.x) * len(jobs))
     for scoring in scorings:
-        with failures.noting(scoring.runs):
-            scoring.finish()
+        for run_, tally in scoring.tallies:
+            with failures.noting([run_]):
+                scoring.finish(run_, tally)
     return failures.count
 
 
@@ -476,12 +490,11 @@ def _check_chosen(bench: Workbench, scored: Sequence[str]) -> None:
 
 def _to_do(bench: Workbench, run_: EvalRun) -> bool:
     chosen = _chosen(run_.candidate.name, bench.options.only)
-    return chosen and not results.run_file(bench.folder, run_.spec).exists()
+    return chosen and not results.done(bench.folder, run_.spec)
 
 
-def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> bool:
-    """Whether it says something new."""
-    return results.write_manifest(
+def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:
+    results.write_manifest(
         bench.folder,
         bench.suite.name,
         _public_definition(bench),

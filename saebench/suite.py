@@ -276,6 +276,16 @@ class Suite(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _measured(self) -> "Suite":
+        known = [metric.name for eval_ in self.evals for metric in eval_.value.metrics]
+        for number, report in enumerate(self.reports):
+            for name in report.value.needs:
+                if name.partition("[")[0] not in known:
+                    message = f"{report.name} draws a metric that no eval of the suite gives: "
+                    raise _Wrong(message + _nearest(name, known), "reports", str(number))
+        return self
+
+    @model_validator(mode="after")
     def _one_batch(self) -> "Suite":
         batch, tokens = self.training.batch_tokens, self.text.train_tokens
         if tokens < batch:

@@ -95,7 +95,7 @@ def test_a_run_leaves_results_reports_and_nothing_unfinished(finished: Finished)
     found = {path.name for path in finished.place.results().iterdir()}
     reports = {f"leaderboard.{ending}" for ending in ("md", "csv", "tex")}
     reports |= {f"pareto_l0_loss_recovered.{ending}" for ending in ("pdf", "svg", "png")}
-    assert found == {"suite.json", "runs", ".lock"} | reports
+    assert found == {"suite.json", "runs", ".lock", ".reports"} | reports
     assert leftovers(finished.place) == []
 
 
@@ -765,3 +765,68 @@ def test_weights_that_are_not_finite_are_refused(run: Run, write_suite: WriteSui
     assert ended.code == 2
     assert "lower its lr" in ended.err
     assert place.weights() == {}
+
+
+# Reports and kept files
+
+
+def test_reports_that_a_stop_left_behind_are_made_by_the_next_run(
+    run: Run, write_suite: WriteSuite, place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    assert run(write_suite()).code == 0
+    wider = write_suite(saes=[{"variant": "topk", "width": 32, "l0": [4, 8], "lr": 0.01}])
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "write_reports", interrupted)
+        assert run(wider).code == 130
+    board = place.results() / "leaderboard.md"
+    assert "topk-w32-l8-s0" not in board.read_text()
+    assert run(wider).code == 0
+    assert "topk-w32-l8-s0" in board.read_text()
+
+
+def interrupted(*_arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_units_that_were_deleted_are_measured_again(
+    run: Run, write_suite: WriteSuite, place: Place
+):
+    suite_file = write_suite()
+    assert run(suite_file).code == 0
+    before = place.files("results")
+    (lost,) = place.results().glob("runs/topk*--reconstruction--*.units.parquet")
+    lost.unlink()
+    assert run(suite_file).code == 0
+    assert lost.read_bytes() == before[str(lost.relative_to(place.folder))][0]
+
+
+def test_a_text_without_a_position_to_score_skips_fidelity_and_keeps_the_rest(
+    run: Run, write_suite: WriteSuite, definition: dict[str, Any], place: Place
+):
+    assert run(write_suite(text=definition["text"] | {"context": 2})).code == 0
+    read = results.read(place.results())
+    assert set(read.skips["eval"]) == {"fidelity"}
+    assert "no position" in read.skips["reason"].iloc[0]
+    assert {"explained_variance", "shrinkage", "encoder_decoder_cosine"} <= set(
+        read.scores["metric"]
+    )
+
+
+@pytest.mark.parametrize("option", ["--checkpoints", "--cache", "--results"])
+def test_a_folder_that_cannot_be_made_is_named(
+    run: Run, write_suite: WriteSuite, place: Place, option: str
+):
+    (place.folder / "file").write_text("in the way")
+    ended = run(write_suite(), option, str(place.folder / "file" / "below"))
+    assert ended.code == 2
+    assert "file/below" in ended.err and "cannot be written" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_report_of_a_metric_that_nobody_measures_is_refused_before_training(
+    run: Run, write_suite: WriteSuite, place: Place
+):
+    ended = run(write_suite(reports=[{"pareto": {"x": "l0", "y": "loss_recoverd"}}]))
+    assert ended.code == 2
+    assert "loss_recoverd" in ended.err and "'loss_recovered'" in ended.err
+    assert not place.checkpoints.exists()

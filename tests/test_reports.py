@@ -10,6 +10,7 @@ import pytest
 
 from saebench import registry, results
 from saebench.errors import UserError
+from saebench.reports import _table
 from saebench.reports._table import number
 from saebench.reports.leaderboard import Leaderboard
 from saebench.reports.pareto import Pareto
@@ -508,3 +509,21 @@ def test_an_sae_without_active_latents_is_named_beside_the_plot(toy):
     scores.loc[dead, ["value", "ci_low", "ci_high"]] = 0.0
     panel = Pareto().draw(toy._replace(scores=scores)).axes[0]
     assert "not shown (no active latents): gated-8" in [text.get_text() for text in panel.texts]
+
+
+def test_a_checkpoint_stands_beside_the_saes_whose_sparsity_it_has(toy):
+    scores = toy.scores.copy()
+    given = scores["sae"].iloc[0]
+    asked = scores.loc[scores["sae"] == given, "target_l0"].iloc[0]
+    mine = scores["sae"] == given
+    scores.loc[mine, "kind"], scores.loc[mine, "target_l0"] = "checkpoint", np.nan
+    scores.loc[mine & (scores["metric"] == "l0"), "value"] = 1.09 * asked
+    near = _table.build(toy._replace(scores=scores), ("explained_variance",))
+    scores.loc[mine & (scores["metric"] == "l0"), "value"] = 1.11 * asked
+    far = _table.build(toy._replace(scores=scores), ("explained_variance",))
+    block = {
+        title: next(b.title for b in table.blocks if given in [row.name for row in b.rows])
+        for title, table in (("near", near), ("far", far))
+    }
+    assert f"asked-for L0 {asked:g}" in block["near"]
+    assert "no L0 asked for" in block["far"]

@@ -22,11 +22,11 @@ class PermutedDecoder(Control):
     seed: int = 0
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
-        parents = [sae for sae in asked if self.of in (None, sae.variant)]
+        parents = [sae for sae in asked if self.of in (None, sae.variant) and sae.width > 1]
         if not parents:
             raise UserError(
                 f"the control permuted_decoder has no parent: the suite trains no {self.of or 'SAE'!r}; "
-                "name a variant that it trains, or drop the control"
+                "name a variant that it trains at a width above 1, or drop the control"
             )
         first = {
             shape: next(p for p in parents if (p.width, p.l0) == shape) for shape in shapes(parents)
@@ -37,5 +37,8 @@ class PermutedDecoder(Control):
         assert planned.parent is not None, "planned from a trained SAE"
         sae = material.trained(planned.parent.name)
         generator = torch.Generator().manual_seed(self.seed)
-        sae.W_dec.copy_(sae.W_dec[torch.randperm(sae.d_sae, generator=generator)])
+        # Each row goes to the next latent of a random round, so that none keeps its own.
+        latents = torch.randperm(sae.d_sae, generator=generator)
+        rows = sae.W_dec.clone()
+        sae.W_dec[latents] = rows[latents.roll(1)]
         return sae

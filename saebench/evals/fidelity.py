@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Tally
+from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Skip, Tally
 
 
 @final
@@ -73,6 +73,8 @@ class _Tally:
 
     def scores(self) -> list[Score]:
         s, n = self.sums, self.n
+        if n == 0:
+            raise Skip("no position has both a token to replace and a next token to predict")
         tokens, sae, clean = s["tokens"], s["sae"], s["clean"]
 
         def mean(metric: str, total: np.ndarray) -> Score:

@@ -178,7 +178,7 @@ def build(results: Results, metrics: Sequence[str]) -> Table:
             f"{known}. Name some of these in the leaderboard's `metrics`, or finish the run."
         )
     columns = {heading.key: of_key(scores, heading.key) for heading in headings}
-    saes = scores.drop_duplicates("sae").set_index("sae")
+    saes = _matched(scores.drop_duplicates("sae").set_index("sae"), scores)
     bootstraps: dict[tuple[int, int], stats.Bootstrap] = {}
     blocks = []
     for title, members in _grouped(saes):
@@ -194,6 +194,27 @@ def build(results: Results, metrics: Sequence[str]) -> Table:
         reading=tuple(_reading(results, headings, blocks)),
         notes=tuple(_notes(results)),
     )
+
+
+def _matched(saes: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Puts each checkpoint beside the SAEs of its width whose asked-for L0 it has, where there are such."""
+    measured = scores[scores["metric"] == "l0"]
+    l0 = dict(zip(map(str, measured["sae"]), map(float, measured["value"]), strict=True))
+    trained = saes[saes["kind"] == "trained"]
+    asked_for = []
+    for name, row in saes.iterrows():
+        asked = float(row["target_l0"])
+        if row["kind"] == "checkpoint" and math.isnan(asked) and str(name) in l0:
+            here = trained[(trained["site"] == row["site"]) & (trained["width"] == row["width"])]
+            asked = _hit(l0[str(name)], [float(a) for a in here["target_l0"].dropna()])
+        asked_for.append(asked)
+    return saes.assign(target_l0=asked_for)
+
+
+def _hit(l0: float, asked: Sequence[float]) -> float:
+    """The nearest of the asked-for values, NaN where none is within what counts as hit."""
+    distance, nearest = min(((abs(l0 / a - 1), a) for a in asked), default=(math.inf, math.nan))
+    return nearest if distance <= MISSED else math.nan
 
 
 def _decimals(half: float) -> int | None:

@@ -51,6 +51,8 @@ class Leaderboard:
     formats: tuple[str, ...] = ("md", "csv", "tex")
 
     makes: ClassVar[tuple[str, ...]] = ("md", "csv", "tex")
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Metrics without which it cannot be made: it shows those that there are."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in self.makes]

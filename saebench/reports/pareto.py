@@ -145,6 +145,11 @@ class Pareto:
 
     makes: ClassVar[tuple[str, ...]] = ("pdf", "svg", "png")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Metrics without which it cannot be made."""
+        return (self.x, self.y)
+
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in self.makes]
         if unknown:
