@@ -71,10 +71,12 @@ def run(  # noqa: PLR0913  (the options of the command)
     loaded = _load_suite(path)
     from saebench import runner
 
-    kept = None if no_cache or dry_run else cache
+    kept = None if no_cache else cache
     options = runner.Options(results, checkpoints, kept, _device(device), only, trust_remote_code)
     if dry_run:
-        _print("\n".join(runner.plan(loaded, path, options)))
+        from saebench import planner
+
+        _print("\n".join(planner.plan(loaded, path, options)))
         return
     failed = runner.run(loaded, path, options)
     if failed:
@@ -129,12 +131,12 @@ def check(
         return
     path = _suite_path(what)
     loaded = _load_suite(path)
-    from saebench import runner
+    from saebench import planner, runner
 
     options = runner.Options(
-        Path("results"), Path("checkpoints"), None, _device(device), None, False
+        Path("results"), Path("checkpoints"), Path("cache"), _device(device), None, False
     )
-    _print("\n".join(runner.plan(loaded, path, options)))
+    _print("\n".join(planner.plan(loaded, path, options)))
 
 
 @app.command(name="list")
@@ -142,8 +144,14 @@ def list_(kind: Annotated[Kind, typer.Argument(help="what to name")]) -> None:
     """Name what a suite can name."""
     if kind.value == "suites":
         _print("\n".join(str(path) for path in registry.suites()))
-    else:
-        _print("\n".join(registry.names(kind.value)))
+        return
+    names = registry.names(kind.value)
+    column = max(map(len, names)) + 2
+    _print("\n".join(f"{n:{column}}{registry.summary(kind.value, n)}".rstrip() for n in names))
+    if kind.value == "variants":
+        _print(
+            "\nOptions of each: its file in baselines/. Every variant takes input_noise (denoising)."
+        )
 
 
 def _version(asked: bool) -> bool:
@@ -205,11 +213,11 @@ def _describe_checkpoint(folder: Path) -> list[str]:
 
     from saebench.loaders.native import native
 
-    sae, site = native(folder)
+    sae, site, target = native(folder)
     norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
     return [
         f"architecture: {type(sae).__name__}, {sae.d_in} dimensions, {sae.d_sae} latents",
-        f"site: {site}",
+        f"site: {site}" if site == target else f"reads {site}, predicts {target}",
         f"decoder norms: {norms.min():.4f} to {norms.max():.4f}, mean {norms.mean():.4f}",
         "weights: finite, and the file that sae.json describes",
     ]

@@ -5,8 +5,11 @@ function. A package installed beside this one adds a plug-in through an entry po
 whose value is `module:object`.
 """
 
+import ast
 import importlib
 import pkgutil
+import re
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,17 @@ def get(kind: str, name: str) -> Any:
     return public[0]
 
 
+def summary(kind: str, name: str) -> str:
+    """The first sentence of a plug-in's file, read without importing it; empty for those of other packages."""
+    path = Path(__file__).parent / kind / f"{name}.py"
+    if not path.is_file():
+        return ""
+    first = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition(
+        "\n\n"
+    )[0]
+    return re.split(r"(?<=[^.])[.:](?: |$)| \(", " ".join(first.split()))[0]
+
+
 def folder(name: str) -> Path:
     """`baselines` or `suites`: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -51,5 +65,7 @@ def suites() -> list[Path]:
     return sorted(folder("suites").glob("*.yaml"))
 
 
+@cache
 def _added(kind: str) -> dict[str, EntryPoint]:
+    """Found once: looking through all installed packages takes long."""
     return {point.name: point for point in entry_points(group=f"saebench.{kind}")}

@@ -8,6 +8,7 @@ forward pass resumed above the site.
 import dataclasses
 import fnmatch
 import hashlib
+import json
 import logging
 import platform
 import resource
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import saebench
@@ -34,11 +36,18 @@ from saebench.errors import UserError
 from saebench.progress import Meter, say
 from saebench.results import Entry, ScoreRow
 from saebench.saes._dictionary import Dictionary
-from saebench.subject import LanguageModel, load_model, rows_per_batch
+from saebench.subject import (
+    BUILTIN_MODEL,
+    LanguageModel,
+    LoadedModel,
+    load_model,
+    random_model,
+    rows_per_batch,
+)
 from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE
 from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
 from saebench.trainer import Stream, TrainRun
-from saebench.types import SAE, Batch, Eval, Score, Seen, Site, Skip, Spec, Tally
+from saebench.types import SAE, Batch, Eval, Score, Seen, Site, Skip, SparseCode, Spec, Tally
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +77,9 @@ class Candidate:
     name: str
     entry: Entry
     site: Site
+    """What it reads."""
+    target: Site
+    """What it predicts: the same site, but for transcoders."""
     checksum: str
     """Of its weights; of a control, of everything that determines them."""
     load: Callable[[], SAE]
@@ -90,24 +102,18 @@ class Workbench:
         if options.cache is not None:
             results.make_folder(options.cache)
         self.folder = options.results / suite.name
-        loaded = load_model(
-            _model_id(suite, suite_file),
-            suite.model.revision,
-            suite.model.dtype,
-            options.device,
-            options.trust_remote_code,
-        )
+        loaded = open_model(suite, suite_file, options)
         self.tokens = open_text(suite, suite_file, loaded.tokenizer)
         rows = rows_per_batch(loaded.model, suite.text.context)
         self.subject = LanguageModel(
             loaded.model, self.tokens, loaded.identity, Cache(options.cache), rows
         )
-        for site in suite.sites:
+        for site in suite.all_sites():
             self.subject.check_site(site)
         self._given = [self._checkpoint(given, suite_file) for given in suite.checkpoints()]
         self.stream = Stream(
             self.subject,
-            suite.sites,
+            suite.all_sites(),
             self.tokens.train,
             special_mask(self.tokens.train, self.tokens.special_ids),
             tokens=suite.text.train_tokens,
@@ -133,6 +139,10 @@ class Workbench:
                 )
         return found
 
+    def names(self) -> list[str]:
+        """Of what is trained, and of all that can be scored by now."""
+        return [*(r.sae.name for r in self.train_runs()), *(c.name for c in self.candidates())]
+
     def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
         return [
             EvalRun(candidate, name, eval_, self._spec(candidate, name, eval_))
@@ -141,6 +151,7 @@ class Workbench:
         ]
 
     def _train_run(self, sae: TrainedSAE) -> TrainRun:
+        parent = self.suite.parent(sae)
         return TrainRun(
             sae,
             self.subject.identity,
@@ -148,38 +159,45 @@ class Workbench:
             self.suite.text.train_tokens,
             self.suite.training.batch_tokens,
             self.suite.training.buffer_tokens,
+            parent=None if parent is None else self._train_run(parent),
         )
 
     def _trained(self, run: TrainRun) -> Candidate:
         sae = run.sae
         folder = run.folder(self.options.checkpoints)
         checksum = run.checksum(self.options.checkpoints)
-        entry = Entry("trained", sae.variant, sae.width, sae.l0, sae.seed, str(sae.site))
-        return Candidate(sae.name, entry, sae.site, checksum, lambda: _native(folder))
+        where = _where(sae.site, sae.target)
+        entry = Entry("trained", sae.family, sae.width, sae.l0, sae.seed, where)
+        return Candidate(sae.name, entry, sae.site, sae.target, checksum, lambda: _native(folder))
 
     def _checkpoint(self, given: Checkpoint, suite_file: Path) -> Candidate:
-        sae, site = registry.get("loaders", given.format)(suite_file.parent / given.checkpoint)
-        if site not in self.suite.sites:
-            sites = ", ".join(map(str, self.suite.sites))
-            raise UserError(f"{given.name} was trained at {site}; the suite looks at {sites}")
+        path = suite_file.parent / given.checkpoint
+        sae, site, target = registry.get("loaders", given.format)(path)
+        if (site, target) not in self._places():
+            places = ", ".join(_where(*place) for place in self._places())
+            raise UserError(
+                f"{given.name} was trained at {_where(site, target)}; the suite looks at {places}"
+            )
         width = self.subject.width(site)
         if sae.d_in != width:
             raise UserError(
                 f"{given.name} reads activations of {sae.d_in} dimensions; those at {site} of "
                 f"{self.subject.identity['id']} have {width}. Was it trained on another model?"
             )
-        entry = Entry("checkpoint", given.format, sae.d_sae, None, None, str(site))
-        return Candidate(given.name, entry, site, weights_checksum(sae), lambda: sae)
+        entry = Entry("checkpoint", given.format, sae.d_sae, None, None, _where(site, target))
+        return Candidate(given.name, entry, site, target, weights_checksum(sae), lambda: sae)
+
+    def _places(self) -> list[tuple[Site, Site]]:
+        """What SAEs of the suite read and predict."""
+        trained = [(sae.site, sae.target) for sae in self.suite.trained()]
+        return list(dict.fromkeys([*((site, site) for site in self.suite.sites), *trained]))
 
     def _controls(self, runs: Sequence[TrainRun]) -> list[Candidate]:
         several = len(self.suite.sites) > 1
         found = []
         for site in self.suite.sites:
-            here = {run.sae.name: run for run in runs if run.sae.site == site}
-            asked = [
-                Asked(name, r.sae.variant, r.sae.width, r.sae.l0, results.key(r.spec()))
-                for name, r in here.items()
-            ]
+            here = {r.sae.name: r for r in runs if r.sae.site == r.sae.target == site}
+            asked = [asked_of(run) for run in here.values()]
             for control in self.suite.controls:
                 for planned in control.value.plan(asked):
                     parent = planned.parent and here[planned.parent.name]
@@ -218,12 +236,12 @@ class Workbench:
                 sae: SAE = control.value.build(planned, material)
             return sae
 
-        return Candidate(name, entry, site, f"made:{results.key(spec)}", load)
+        return Candidate(name, entry, site, site, f"made:{results.key(spec)}", load)
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
         return {
             "sae": {"name": candidate.name, "checksum": candidate.checksum},
-            "site": str(candidate.site),
+            "site": _where(candidate.site, candidate.target),
             "model": self.subject.identity,
             "text": {
                 "fingerprint": self.tokens.fingerprint_eval,
@@ -244,8 +262,8 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
     results.make_folder(options.checkpoints)
     with results.lock(bench.folder):
         # What is wrong with checkpoints and controls shows before hours of training.
-        _check_chosen(bench, [candidate.name for candidate in bench.candidates()])
-        wanted = [r for r in bench.train_runs() if _chosen(r.sae.name, options.only)]
+        check_chosen(options.only, bench.names())
+        wanted = with_parents([r for r in bench.train_runs() if chosen(r.sae.name, options.only)])
         trainer.train_missing(wanted, bench.stream, options.checkpoints, options.device)
         untrained = sum(not r.done(options.checkpoints) for r in bench.train_runs())
         if untrained:
@@ -265,37 +283,16 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
     return failed
 
 
-def plan(suite: Suite, suite_file: Path, options: Options) -> list[str]:
-    """What `run` would do, in lines."""
-    bench = Workbench(suite, suite_file, options)
-    _check_chosen(bench, [candidate.name for candidate in bench.candidates()])
-    runs = bench.train_runs()
-    chosen = [r for r in runs if _chosen(r.sae.name, options.only)]
-    missing = [r for r in chosen if not r.done(options.checkpoints)]
-    widths = {site: bench.subject.width(site) for site in suite.sites}
-    groups = trainer.split_groups(missing, widths, trainer.memory_for_training(options.device))
-    rows, context = bench.tokens.evaluation.shape
-    d_all = sum(widths.values())
-    item = torch.empty((), dtype=bench.subject.dtype).element_size()
-    buffer = 4 * suite.training.buffer_tokens * d_all
-    needs = [sum(trainer.training_bytes(r, widths[r.sae.site]) for r in g) for g in groups]
-    lines = [
-        f"model: {bench.subject.identity['id']} at {bench.subject.identity['revision']}",
-        f"text: {suite.text.train_tokens:,} training tokens, {suite.text.eval_tokens:,} evaluation "
-        f"tokens in {rows} sequences of {context}",
-        f"to train: {len(missing)} of {len(chosen)} SAEs in {len(groups)} passes of {bench.stream.steps} steps",
-        f"memory for training: {(max(needs, default=0) + buffer) / 2**30:.2f} GiB",
-        f"disk for the cache: {rows * context * d_all * item / 2**30:.2f} GiB of activations",
-    ]
-    lines += [f"  {'train' if r in missing else 'done '} {r.sae.name}" for r in chosen]
-    evals = ", ".join(e.name for e in suite.evals)
-    given = ", ".join(c.name for c in suite.checkpoints()) or "none"
-    controls = ", ".join(c.name for c in suite.controls) or "none"
-    return [
-        *lines,
-        f"checkpoints: {given}; controls: {controls}",
-        f"each is scored with: {evals}",
-    ]
+def asked_of(run_: TrainRun) -> Asked:
+    """A trained SAE as controls see it."""
+    sae = run_.sae
+    return Asked(sae.name, sae.variant, sae.width, sae.l0, results.key(run_.spec()), sae.site)
+
+
+def with_parents(runs: Sequence[TrainRun]) -> list[TrainRun]:
+    """What has to be trained for these: none is there twice."""
+    needed = [*(run.parent for run in runs if run.parent is not None), *runs]
+    return list({results.key(run.spec()): run for run in needed}.values())
 
 
 def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
@@ -303,17 +300,17 @@ def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
     if not runs:
         return 0
     failed = 0
-    by_site: dict[Site, dict[str, list[EvalRun]]] = {}
+    by_place: dict[tuple[Site, Site], dict[str, list[EvalRun]]] = {}
     for run_ in runs:
-        here = by_site.setdefault(run_.candidate.site, {})
+        here = by_place.setdefault((run_.candidate.site, run_.candidate.target), {})
         here.setdefault(run_.candidate.name, []).append(run_)
-    n_saes = sum(map(len, by_site.values()))
-    tokens = bench.subject.facts(bench.suite.sites[0]).n_tokens
+    n_saes = sum(map(len, by_place.values()))
+    tokens = bench.subject.n_tokens
     with Meter(f"scoring {n_saes} SAEs", n_saes * tokens, "tokens") as meter:
-        for site, saes in by_site.items():
+        for saes in by_place.values():
             jobs = list(saes.values())
             for start in range(0, len(jobs), GROUP):
-                failed += _score_group(bench, site, jobs[start : start + GROUP], meter)
+                failed += _score_group(bench, jobs[start : start + GROUP], meter)
     return failed
 
 
@@ -347,7 +344,7 @@ class _Scoring:
         candidate = runs[0].candidate
         self.sae = _on_device(candidate.load(), bench.options.device)
         self.seconds = 0.0
-        facts = bench.subject.facts(candidate.site)
+        facts = bench.subject.facts(candidate.site, candidate.target)
         self.tallies: list[tuple[EvalRun, Tally]] = []
         for run_ in runs:
             try:
@@ -359,7 +356,7 @@ class _Scoring:
     def update(self, batch: Batch) -> None:
         began = time.perf_counter()
         code = self.sae.encode_sparse(batch.x)
-        x_hat = self.sae.decode_sparse(code)
+        x_hat = _predicted(self.sae, batch.x, code)
         outcome = batch.outcome(x_hat) if self.needs_outcome else None
         seen = Seen(batch, code, x_hat, outcome)
         for _, tally in self.tallies:
@@ -381,16 +378,16 @@ class _Scoring:
         return _provenance(self.bench.options.device) | {"seconds": round(self.seconds, 3)}
 
 
-def _score_group(
-    bench: Workbench, site: Site, jobs: Sequence[Sequence[EvalRun]], meter: Meter
-) -> int:
+def _score_group(bench: Workbench, jobs: Sequence[Sequence[EvalRun]], meter: Meter) -> int:
+    """Of SAEs that read one site and predict one site."""
+    place = jobs[0][0].candidate
     scorings: list[_Scoring] = []
     failures = _Failures()
     for runs in jobs:
         with failures.noting(runs):
             scorings.append(_Scoring(bench, runs))
     with torch.no_grad():
-        for batch in bench.subject.evaluation(site):
+        for batch in bench.subject.evaluation(place.site, place.target):
             for scoring in list(scorings):
                 with failures.noting(scoring.runs):
                     scoring.update(batch)
@@ -437,6 +434,37 @@ def weights_checksum(sae: SAE) -> str:
     return digest.hexdigest()
 
 
+def open_model(suite: Suite, suite_file: Path, options: Options) -> LoadedModel:
+    asked, beside = suite.model, suite_file.parent
+    if asked.id is not None:
+        return load_model(
+            _local(asked.id, beside),
+            asked.revision,
+            asked.dtype,
+            options.device,
+            options.trust_remote_code,
+        )
+    assert asked.config is not None, "a suite names a model by its id or its config"
+    tokenizer = _local(asked.tokenizer or BUILTIN_MODEL, beside)
+    return random_model(_config(asked.config, beside), tokenizer, asked.dtype, options.device)
+
+
+def _config(given: dict[str, Any] | str, beside: Path) -> dict[str, Any]:
+    """The content of a config.json, from the suite or from the file that it names."""
+    if isinstance(given, dict):
+        return given
+    path = beside / Path(given).expanduser()
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model's config {path} cannot be read: {error}; expected a config.json of transformers"
+        ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path} has no model_type; expected a config.json of transformers")
+    return config
+
+
 def open_text(suite: Suite, suite_file: Path, tokenizer: PreTrainedTokenizerBase) -> TextTokens:
     text = suite.text
     return tokenize(
@@ -461,36 +489,47 @@ def _source(suite: Suite, suite_file: Path) -> Source:
     return Builtin("python-stdlib")
 
 
-def _model_id(suite: Suite, suite_file: Path) -> str:
+def _local(name: str, beside: Path) -> str:
     """Local folders are meant from where the suite file is."""
-    beside = suite_file.parent / suite.model.id
-    return str(beside) if beside.is_dir() else suite.model.id
+    folder = beside / name
+    return str(folder) if folder.is_dir() else name
 
 
 def _native(folder: Path) -> Dictionary:
-    sae: Dictionary = registry.get("loaders", "native")(folder)[0]
+    sae: Dictionary = registry.get("loaders", "native")(folder).sae
     return sae
+
+
+def _predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
+    """What the SAE decodes, with the affine path beside the latents where it has one."""
+    x_hat = sae.decode_sparse(code)
+    skip = getattr(sae, "W_skip", None)
+    return x_hat if skip is None else torch.addmm(x_hat, x, skip)
+
+
+def _where(site: Site, target: Site) -> str:
+    """What an SAE reads and, where that is another site, what it predicts."""
+    return str(site) if site == target else f"{site} -> {target}"
 
 
 def _on_device(sae: SAE, device: str) -> SAE:
     return sae.to(device) if isinstance(sae, nn.Module) else sae
 
 
-def _chosen(name: str, pattern: str | None) -> bool:
+def chosen(name: str, pattern: str | None) -> bool:
     return pattern is None or fnmatch.fnmatchcase(name, pattern)
 
 
-def _check_chosen(bench: Workbench, scored: Sequence[str]) -> None:
-    names = dict.fromkeys([run_.sae.name for run_ in bench.train_runs()]) | dict.fromkeys(scored)
-    if not any(_chosen(name, bench.options.only) for name in names):
+def check_chosen(only: str | None, names: Sequence[str]) -> None:
+    if not any(chosen(name, only) for name in names):
         raise UserError(
-            f"--only {bench.options.only!r} matches no SAE of the suite; there are: {', '.join(names)}"
+            f"--only {only!r} matches no SAE of the suite; there are: {', '.join(dict.fromkeys(names))}"
         )
 
 
 def _to_do(bench: Workbench, run_: EvalRun) -> bool:
-    chosen = _chosen(run_.candidate.name, bench.options.only)
-    return chosen and not results.done(bench.folder, run_.spec)
+    wanted = chosen(run_.candidate.name, bench.options.only)
+    return wanted and not results.done(bench.folder, run_.spec)
 
 
 def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:

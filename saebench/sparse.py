@@ -3,21 +3,23 @@
 After the active latents of a batch are chosen, nothing needs the dense `[n d_sae]` any more: the decoder, its
 gradient and the gradient of the encoder are sums over active (token, latent) pairs. On a CPU every one of these is
 one call of `embedding_bag`'s forward, the only sparse product of PyTorch that runs at the speed of memory in both
-directions: the gradient with respect to a matrix is the same sum with the pairs sorted by latent.
+directions: the gradient with respect to a matrix is the same sum with the pairs sorted by latent. On a GPU it is
+a kernel (`kernels.bag`).
 
 An untrained SAE is far from sparse, so a selection has two forms with one interface, and `select` takes
 whichever is cheaper. Matrices are kept row by row here, encoder and decoder both `[d_sae d]`.
 """
 
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol, final
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from saebench import kernels
 from saebench.types import SparseCode
 
 DENSE_ABOVE = 0.1
@@ -47,7 +49,7 @@ def rows_of(code: SparseCode) -> Int[Tensor, " nnz"]:
 
 def decode(code: SparseCode, W_dec: Float[Tensor, "d_sae d"]) -> Float[Tensor, "n d"]:
     """sum_i z_i d_i for every token; no bias."""
-    return _bag(code.indices, W_dec, code.offsets, code.values)
+    return kernels.bag(code.indices, W_dec, code.offsets, code.values)
 
 
 def concatenate(codes: list[SparseCode]) -> SparseCode:
@@ -69,6 +71,7 @@ def token_chunks(x: Float[Tensor, "n d"], d_sae: int) -> tuple[Tensor, ...]:
     return tuple(x.split(max(1, _CHUNK // d_sae)))
 
 
+@runtime_checkable
 class Selection(Protocol):
     """Some (token, latent) pairs of a batch, and what training computes on them.
 
@@ -93,11 +96,20 @@ class Selection(Protocol):
         """The sum of values times decoder rows for every token, with gradients to both."""
         ...
 
+    def decode_prefixes(
+        self, values: Tensor, decoder: Float[Tensor, "d_sae d"], ends: Int[Tensor, " n_prefixes"]
+    ) -> Float[Tensor, "n n_prefixes d"]:
+        """The same with the latents below each of the ascending `ends` alone, the last of which is d_sae.
+
+        Every row is added once.
+        """
+        ...
+
     def fired(self, values: Tensor) -> Bool[Tensor, " d_sae"]:
         """Which latents have a value above zero for some token."""
         ...
 
-    def l0(self, values: Tensor) -> float:
+    def l0(self, values: Tensor) -> Float[Tensor, ""]:
         """Values above zero per token."""
         ...
 
@@ -118,11 +130,16 @@ class Everything:
     def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
         return values @ decoder
 
+    def decode_prefixes(self, values: Tensor, decoder: Tensor, ends: Tensor) -> Tensor:
+        starts = [0, *ends.tolist()]
+        parts = [values[:, a:b] @ decoder[a:b] for a, b in pairwise(starts)]
+        return torch.stack(parts, 1).cumsum(1)
+
     def fired(self, values: Tensor) -> Tensor:
         return (values > 0).any(0)
 
-    def l0(self, values: Tensor) -> float:
-        return (values > 0).sum().item() / len(values)
+    def l0(self, values: Tensor) -> Tensor:
+        return (values > 0).sum() / len(values)
 
 
 @final
@@ -147,30 +164,39 @@ class Pairs:
         return _Pick.apply(vector, self.columns)  # type: ignore[no-any-return]
 
     def decode(self, values: Tensor, decoder: Tensor) -> Tensor:
-        return _PairsDecode.apply(values, decoder, self)  # type: ignore[no-any-return]
+        return _PairsDecode.apply(values, decoder, self, self.rows, self.offsets)  # type: ignore[no-any-return]
+
+    def decode_prefixes(self, values: Tensor, decoder: Tensor, ends: Tensor) -> Tensor:
+        n_prefixes = len(ends)
+        # Latents ascend within a token, so that tokens and prefixes are already in order.
+        rows = self.rows * n_prefixes + torch.bucketize(self.columns, ends, right=True)
+        offsets = _offsets(rows, self.n * n_prefixes)
+        parts: Tensor = _PairsDecode.apply(values, decoder, self, rows, offsets)
+        return parts.view(self.n, n_prefixes, -1).cumsum(1)
 
     def fired(self, values: Tensor) -> Tensor:
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=values.device)
         fired[self.columns[values > 0]] = True
         return fired
 
-    def l0(self, values: Tensor) -> float:
-        return (values > 0).sum().item() / self.n
+    def l0(self, values: Tensor) -> Tensor:
+        return (values > 0).sum() / self.n
 
     @cached_property
     def by_latent(self) -> "_ByLatent":
-        order = torch.argsort(self.columns, stable=True)
-        return _ByLatent(order, self.rows[order], _offsets(self.columns, self.d_sae))
+        columns, order = torch.sort(self.columns, stable=True)
+        return _ByLatent(order, _offsets(columns, self.d_sae))
 
-    def onto_latents(self, values: Tensor, x: Float[Tensor, "n d"]) -> Float[Tensor, "d_sae d"]:
-        """For each latent the sum of values times the rows of x that it is paired with."""
-        order, rows, offsets = self.by_latent
-        return _bag(rows, x, offsets, values[order])
+    def onto_latents(
+        self, values: Tensor, x: Float[Tensor, "m d"], rows: Int[Tensor, " nnz"]
+    ) -> Float[Tensor, "d_sae d"]:
+        """For each latent the sum of values times the rows of x that its pairs name."""
+        order, offsets = self.by_latent
+        return kernels.bag(rows[order], x, offsets, values[order])
 
 
 class _ByLatent(NamedTuple):
     order: Tensor
-    rows: Tensor
     offsets: Tensor
 
 
@@ -206,12 +232,6 @@ def top_of_batch(
     return Pairs(pre, rows, columns), values.min() if len(values) else guess
 
 
-def _bag(indices: Tensor, table: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    return embedding_bag(
-        indices, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
-
-
 def _nonzero(mask: Bool[Tensor, "n d_sae"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
     if mask.device.type == "cpu":  # NumPy's search is several times faster than torch's here
         flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
@@ -220,9 +240,9 @@ def _nonzero(mask: Bool[Tensor, "n d_sae"]) -> tuple[Int[Tensor, " nnz"], Int[Te
     return rows, columns
 
 
-def _offsets(sorted_or_not: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_plus_1"]:
-    counts = torch.bincount(sorted_or_not, minlength=n)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+def _offsets(ascending: Int[Tensor, " nnz"], n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of 0 to n - 1 begins, and the end. A search, unlike a histogram, keeps no GPU waiting."""
+    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))
 
 
 class _DensePre(torch.autograd.Function):
@@ -250,7 +270,12 @@ class _PairsPre(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         pairs: Pairs = ctx.pairs
-        return None, pairs.onto_latents(grad, x), _sum_by(pairs.columns, grad, pairs.d_sae), None
+        return (
+            None,
+            pairs.onto_latents(grad, x, pairs.rows),
+            _sum_by(pairs.columns, grad, pairs.d_sae),
+            None,
+        )
 
 
 class _Pick(torch.autograd.Function):
@@ -269,23 +294,36 @@ class _Pick(torch.autograd.Function):
 
 
 class _PairsDecode(torch.autograd.Function):
+    """Pair i adds to the row rows[i] of the result; the offsets say where the pairs of each row begin."""
+
     @staticmethod
-    def forward(ctx: Any, values: Tensor, decoder: Tensor, pairs: Pairs) -> Tensor:
-        ctx.pairs = pairs
+    def forward(  # noqa: PLR0913  (autograd hands on one argument for each input)
+        ctx: Any, values: Tensor, decoder: Tensor, pairs: Pairs, rows: Tensor, offsets: Tensor
+    ) -> Tensor:
+        ctx.pairs, ctx.rows = pairs, rows
+        if kernels.available(decoder):
+            ctx.save_for_backward(decoder)
+            ctx.values, ctx.out = values.detach(), None
+            return kernels.bag(pairs.columns, decoder, offsets, values)
         with torch.enable_grad():  # embedding_bag's own gradient with respect to the values
             ctx.values = values.detach().requires_grad_()
-            ctx.out = _bag(pairs.columns, decoder.detach(), pairs.offsets, ctx.values)
+            ctx.out = kernels.bag(pairs.columns, decoder.detach(), offsets, ctx.values)
         return ctx.out.detach()  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         to_values, to_decoder = None, None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.out is None:
+            (decoder,) = ctx.saved_tensors
+            to_values = kernels.pair_dots(ctx.rows, ctx.pairs.columns, grad, decoder)
+        elif ctx.needs_input_grad[0]:
             (to_values,) = torch.autograd.grad(ctx.out, ctx.values, grad)
         if ctx.needs_input_grad[1]:
-            to_decoder = ctx.pairs.onto_latents(ctx.values.detach(), grad)
-        return to_values, to_decoder, None
+            to_decoder = ctx.pairs.onto_latents(ctx.values.detach(), grad, ctx.rows)
+        return to_values, to_decoder, None, None, None
 
 
 def _sum_by(columns: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    if columns.is_cuda:  # a histogram would wait for the largest number
+        return values.new_zeros(d_sae).index_add_(0, columns, values)
     return torch.bincount(columns, weights=values, minlength=d_sae).to(values.dtype)

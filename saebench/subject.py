@@ -11,7 +11,9 @@ Positions of special tokens are never replaced. A position is scored when its ow
 are not special.
 """
 
+import difflib
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,12 +25,14 @@ import huggingface_hub
 import numpy as np
 import torch
 import transformers
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -40,13 +44,17 @@ from saebench.text import TextTokens, special_mask
 from saebench.types import Facts, Outcome, References, Site, Spec
 
 BUILTIN_MODEL = "builtin:pylm"
+_PYLM = Path(__file__).parent / "pylm"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _IDENTIFYING = {".safetensors", ".json", ".model", ".txt", ".py"}
 _PROBE_TOKENS = 8
+_RANDOM_SEED = 0
 _CPU_LOGIT_BYTES = 2**28
 _GPU_LOGIT_BYTES = 2**31
 _CPU_TOKENS = 2**13
 _GPU_TOKENS = 2**17
+_CPU_CACHED = 2**19
+"""Bytes that stay in a core's cache from one elementwise pass to the next."""
 
 
 class LoadedModel(NamedTuple):
@@ -96,6 +104,85 @@ def load_model(  # noqa: PLR0913  (the fields of a suite's `model`)
     return LoadedModel(place_on(device), tokenizer, identity)
 
 
+def random_model(config: dict[str, Any], tokenizer: str, dtype: str, device: str) -> LoadedModel:
+    """The architecture that a config.json of transformers describes, with its own random initial weights.
+
+    They are drawn on the CPU from a fixed seed, so that they are the same wherever they go; what determines them is
+    the revision of the model. Nothing is downloaded, unless the tokenizer is named by a Hub id.
+    """
+    described = _described(config)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_RANDOM_SEED)
+            model = AutoModelForCausalLM.from_config(described, dtype=_DTYPES[dtype])
+    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"no causal language model could be made of the config of type "
+            f"{config['model_type']!r}: {_brief(error)}"
+        ) from error
+    words = _tokenizer(tokenizer)
+    if len(words) > _vocabulary(model):
+        raise UserError(
+            f"the tokenizer {tokenizer} has {len(words)} tokens, but the config a vocab_size of "
+            f"{_vocabulary(model)}; raise vocab_size or name another tokenizer"
+        )
+    model.requires_grad_(False)
+    identity = {
+        "id": f"random:{described.model_type}",
+        "revision": f"sha256:{_config_sha256(described)}",
+        "dtype": dtype,
+    }
+    place_on: Any = model.eval().to
+    return LoadedModel(place_on(device), words, identity)
+
+
+def _brief(error: Exception) -> str:
+    """transformers lists all of its models in some messages."""
+    return " ".join(str(error).split())[:200]
+
+
+def _described(config: dict[str, Any]) -> PreTrainedConfig:
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    try:
+        known = AutoConfig.for_model(config["model_type"])
+        described: PreTrainedConfig = AutoConfig.for_model(config["model_type"], **fields)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"the config of type {config['model_type']!r} is none that transformers knows: "
+            f"{_brief(error)}"
+        ) from error
+    # Old files hold keys that no class has any more; only what looks misspelt is refused.
+    names = [name for name in vars(known) if not name.startswith("_")]
+    for name in fields:
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+        if close and not hasattr(known, name):
+            raise UserError(
+                f"the config of type {config['model_type']!r} has no {name!r}; did you mean "
+                f"{close[0]!r}?"
+            )
+    return described
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    source = str(_PYLM) if name == BUILTIN_MODEL else str(Path(name).expanduser())
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"tokenizer {name!r} could not be loaded: {error}. Expected {BUILTIN_MODEL!r}, a local "
+            "folder or a Hub id"
+        ) from error
+    return found
+
+
+def _config_sha256(config: PreTrainedConfig) -> str:
+    """Of all that determines random weights; not of the version of the library that wrote it down."""
+    volatile = {"transformers_version", "_name_or_path", "dtype"}
+    said = {name: value for name, value in config.to_dict().items() if name not in volatile}
+    said["seed"] = _RANDOM_SEED
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _with_report(source: str, **asked: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     found: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **asked)
     model, report = found
@@ -111,8 +198,7 @@ class _Place(NamedTuple):
 
 def _place(model_id: str, revision: str | None) -> _Place:
     if model_id == BUILTIN_MODEL:
-        folder = Path(__file__).parent / "pylm"
-        weights = folder / "model.safetensors"
+        folder, weights = _PYLM, _PYLM / "model.safetensors"
         if not weights.is_file():
             raise UserError(
                 f"{model_id}: its weights are not in this installation; reinstall saebench"
@@ -318,6 +404,18 @@ class LanguageModel:
         stream = torch.where(keep.to(self.device)[..., None], clean.stream, replacement)
         return self._resumed(site, rows, Clean(stream, clean.base))
 
+    def passage(
+        self, site: Site, rows: Int[Tensor, "rows context"], special: Bool[Tensor, "rows context"]
+    ) -> "Passage":
+        """Some rows with the stream at the site to be replaced, for training through the model."""
+        return Passage(self, site, rows.to(self.device), special.to(self.device))
+
+    def later(self, site: Site) -> list[Site]:
+        """The residual stream after every block that a replacement at the site goes through."""
+        layer = self._home(self._tap(site).module) if site.layer is None else site.layer
+        first = 0 if layer is None else layer + (site.stream == "resid_post")
+        return [Site("resid_post", i) for i in range(first, len(self.blocks))]
+
     def prepare(self, sites: Sequence[Site]) -> None:
         """Reads the evaluation text at all sites in one pass, and keeps what has room on disk."""
         wanted = dict.fromkeys([*sites, *filter(None, map(self._base, sites))])
@@ -337,16 +435,20 @@ class LanguageModel:
                     if writer := writers[site]:
                         writer.append(stream)
         for site in missing:
-            mean = sums[site] / int((~self.eval_special).sum())
+            mean = sums[site] / self.n_tokens
             self.cache.keep_tensors(self._spec("mean", site), {"mean": mean})
             self._means[site] = mean
             self._open_array(site)
 
-    def facts(self, site: Site) -> Facts:
+    def facts(self, site: Site, predicted: Site) -> Facts:
         """What is known of the evaluation text before any SAE is looked at."""
-        self.prepare([site])
-        n_tokens = int((~self.eval_special).sum())
-        return Facts(site, len(self.eval_rows), n_tokens, self._means[site])
+        self.prepare([site, predicted])
+        return Facts(site, predicted, len(self.eval_rows), self.n_tokens, self._means[predicted])
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the evaluation text, special ones left out."""
+        return int((~self.eval_special).sum())
 
     def evaluation(self, site: Site, predicted: Site | None = None) -> Iterator["EvalBatch"]:
         """The evaluation text in whole sequences, always the same batches in the same order.
@@ -378,7 +480,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def _ablate(self, site: Site) -> dict[str, Tensor]:
-        mean = self.facts(site).mean.to(self.device, self.dtype)
+        mean = self.facts(site, site).mean.to(self.device, self.dtype)
         losses: dict[str, list[Tensor]] = {"clean": [], "zero": [], "mean": []}
         for batch in self.evaluation(site):
             d = batch.target.shape[1]
@@ -634,45 +736,138 @@ class EvalBatch:
     @torch.no_grad()
     def outcome(self, replacement: Float[Tensor, "n d_out"]) -> Outcome:
         """Resumes the language model at the predicted site, with its n tokens replaced."""
-        log_p = self._log_p(replacement)
-        clean = self._clean_log_p
-        kl = nn.functional.kl_div(log_p, clean, reduction="none", log_target=True).sum(-1)
-        return Outcome(self._losses(log_p), kl, log_p.argmax(-1) == self._clean_top1)
+        logits = self._replaced_logits(replacement)
+        found = [self._outcome(logits, part) for part in self._parts]
+        loss, kl, same_top1 = (torch.cat(pieces) for pieces in zip(*found, strict=True))
+        return Outcome(loss, kl, same_top1)
 
     @torch.no_grad()
     def loss(self, replacement: Float[Tensor, "n d_out"]) -> Float[Tensor, " m"]:
         """Only the cross-entropy of `outcome`."""
-        return self._losses(self._log_p(replacement))
+        logits = self._replaced_logits(replacement)
+        return torch.cat([self._losses(self._log_p(logits, part), part) for part in self._parts])
 
     def clean_loss(self) -> Float[Tensor, " m"]:
         """Cross-entropy with nothing replaced."""
-        return self._losses(self._clean_log_p)
+        return self._losses(self._clean_log_p, slice(None))
 
     @cached_property
     @torch.no_grad()
     def _clean_log_p(self) -> Float[Tensor, "m vocabulary"]:
         """Shared by all SAEs that look at this batch, and gone with it."""
-        return self._scored_log_p(self._streams.clean.stream)
+        return self._log_p(self._logits(self._streams.clean.stream), slice(None))
+
+    @cached_property
+    def _clean_p(self) -> Float[Tensor, "m vocabulary"]:
+        return self._clean_log_p.exp()
 
     @cached_property
     def _clean_top1(self) -> Int[Tensor, " m"]:
-        return self._clean_log_p.argmax(-1)
+        return _top1(self._clean_log_p)
 
-    def _log_p(self, replacement: Float[Tensor, "n d_out"]) -> Float[Tensor, "m vocabulary"]:
+    @cached_property
+    def _scored_at(self) -> Int[Tensor, " m"]:
+        """The scored positions among all of the batch."""
+        return self._scored.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def _following(self) -> Int[Tensor, " m"]:
+        """The token after each scored position."""
+        return self._rows.roll(-1, dims=1)[self._scored].long()
+
+    @cached_property
+    def _parts(self) -> list[slice]:
+        """Some scored positions at a time, so that on a CPU what is made of their logits stays in its cache."""
+        on_cpu = self._rows.device.type == "cpu"
+        most = _CPU_CACHED if on_cpu else _GPU_LOGIT_BYTES
+        m, step = len(self._scored_at), max(1, most // (4 * _vocabulary(self._lm.model)))
+        return [slice(start, start + step) for start in range(0, max(m, 1), step)]
+
+    def _outcome(self, logits: Float[Tensor, "positions vocabulary"], part: slice) -> Outcome:
+        log_p = self._log_p(logits, part)
+        kl = (self._clean_log_p[part] - log_p).mul_(self._clean_p[part]).sum(-1)
+        return Outcome(self._losses(log_p, part), kl, _top1(log_p) == self._clean_top1[part])
+
+    def _replaced_logits(
+        self, replacement: Float[Tensor, "n d_out"]
+    ) -> Float[Tensor, "positions vocabulary"]:
         stream = self._streams.clean.stream.clone()
         stream[self._tokens] = replacement.to(stream.device, stream.dtype)
-        return self._scored_log_p(stream)
+        return self._logits(stream)
 
-    def _scored_log_p(
+    def _logits(
         self, stream: Float[Tensor, "rows context d_out"]
-    ) -> Float[Tensor, "m vocabulary"]:
+    ) -> Float[Tensor, "positions vocabulary"]:
         clean = Clean(stream, self._streams.clean.base)
-        logits = self._lm._resumed(self._streams.predicted, self._rows, clean)
-        return logits[self._scored].float().log_softmax(-1)
+        return self._lm._resumed(self._streams.predicted, self._rows, clean).flatten(0, 1)
 
-    def _losses(self, log_p: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
-        following = self._rows.roll(-1, dims=1)[self._scored].long()
-        return -log_p.gather(1, following[:, None])[:, 0]
+    def _log_p(
+        self, logits: Float[Tensor, "positions vocabulary"], part: slice
+    ) -> Float[Tensor, "m_part vocabulary"]:
+        return logits[self._scored_at[part]].float().log_softmax(-1)
+
+    def _losses(
+        self, log_p: Float[Tensor, "m_part vocabulary"], part: slice
+    ) -> Float[Tensor, " m_part"]:
+        return -log_p.gather(1, self._following[part, None])[:, 0]
+
+
+@final
+class Passage:
+    """Some rows of text, and what becomes of the model's prediction when the stream at a site is replaced.
+
+    Gradients flow to the replacement.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        site: Site,
+        rows: Int[Tensor, "rows context"],
+        special: Bool[Tensor, "rows context"],
+    ) -> None:
+        self._lm, self._site, self._rows = lm, site, rows
+        self._tokens, self._scored = ~special, _scored(special)
+        self._clean = lm.clean(site, rows)
+        self.x: Float[Tensor, "n d"] = self._clean.stream[self._tokens].float()
+
+    def divergence(
+        self, replacement: Float[Tensor, "n d"], later: bool
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]:
+        """KL(p_clean || p_replaced), nats, mean over scored positions; and, where `later` is asked for, the squared
+        error of each later residual stream over its variance in these rows, mean over layers.
+        """
+        stream = self._clean.stream.clone()
+        stream[self._tokens] = replacement.to(stream.dtype)
+        log_p, found = self._run(stream, later)
+        with torch.no_grad():
+            clean_log_p, wanted = self._run(self._clean.stream, later)
+        kl = nn.functional.kl_div(log_p, clean_log_p, reduction="none", log_target=True)
+        error = [_unexplained(wanted[at], found[at]) for at in found]
+        return kl.sum() / len(log_p), torch.stack(error).mean() if error else None
+
+    def _run(self, stream: Tensor, later: bool) -> tuple[Tensor, dict[Site, Tensor]]:
+        seen: dict[Site, Tensor] = {}
+
+        def take(site: Site, stream: Tensor) -> None:
+            seen[site] = stream[self._tokens].float()
+
+        with ExitStack() as stack:
+            for site in self._lm.later(self._site) if later else []:
+                stack.enter_context(_seeing(self._lm._tap(site), partial(take, site)))
+            logits = self._lm._resumed(self._site, self._rows, Clean(stream, self._clean.base))
+        return logits[self._scored].float().log_softmax(-1), seen
+
+
+def _unexplained(target: Float[Tensor, "n d"], found: Float[Tensor, "n d"]) -> Float[Tensor, ""]:
+    return (found - target).square().sum() / (target - target.mean(0)).square().sum()
+
+
+def _top1(log_p: Float[Tensor, "m vocabulary"]) -> Int[Tensor, " m"]:
+    """The likeliest token, the first of those that tie."""
+    if log_p.device.type == "cpu":  # NumPy's search is several times faster than torch's here
+        return torch.from_numpy(log_p.numpy().argmax(-1))
+    return log_p.argmax(-1)
 
 
 def _scored(special: Bool[Tensor, "rows context"]) -> Bool[Tensor, "rows context"]:

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -101,13 +101,41 @@ class Plugin(NamedTuple):
 
 
 class Model(_Strict):
-    """Any causal language model of transformers."""
+    """Any causal language model of transformers. Exactly one of `id` and `config` is given."""
 
-    id: str
+    id: str | None = None
     """`builtin:pylm`, a Hub id, or a local folder (relative to the suite file)."""
     revision: str | None = None
     """Hub commit, tag or branch; what a branch stood for is written into every result."""
+    config: dict[str, Any] | str | None = None
+    """An architecture alone: what a config.json of transformers says, or the path of one (relative to the suite
+    file). Its weights are random and seeded, so that a suite can be rehearsed without a download."""
+    weights: Literal["random"] | None = None
+    """Has to be said beside `config`."""
+    tokenizer: str | None = None
+    """Beside `config`: `builtin:pylm` (where nothing is said), a Hub id, or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "Model":
+        given = [n for n in ("id", "config") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of id and config; got {' and '.join(given) or 'none'}"
+            )
+        others = {"id": ("weights", "tokenizer"), "config": ("revision",)}[given[0]]
+        for name in others:
+            if getattr(self, name) is not None:
+                raise _Wrong(f"{name} has no meaning beside {given[0]}; remove it", name)
+        if self.config is not None and self.weights is None:
+            raise ValueError("a config has no weights of its own; say `weights: random` beside it")
+        if isinstance(self.config, dict) and not isinstance(self.config.get("model_type"), str):
+            raise _Wrong(
+                "the config has no model_type; expected what a config.json of transformers says, such as "
+                "{model_type: gpt_neox, hidden_size: 512, num_hidden_layers: 6}",
+                "config",
+            )
+        return self
 
 
 class Text(_Strict):
@@ -175,6 +203,11 @@ _Number = Annotated[float, Field(gt=0)]
 _Seed = Annotated[int, Field(ge=0)]
 
 
+_OneSite = Annotated[
+    Site, BeforeValidator(_site, json_schema_input_type=str | dict[str, str | int])
+]
+
+
 class Trained(_Strict):
     """SAEs to train: every list is a sweep. Further keys override fields of the variant's baseline."""
 
@@ -184,6 +217,12 @@ class Trained(_Strict):
     width: Annotated[list[PositiveInt], Field(min_length=1), _sweep_of(PositiveInt)]
     l0: Annotated[list[_Number], Field(min_length=1), _sweep_of(_Number)]
     seed: Annotated[list[_Seed], Field(min_length=1), _sweep_of(_Seed)] = [0]
+    reads: _OneSite | None = None
+    """Of a transcoder: the site that it reads, in place of those of the suite."""
+    predicts: _OneSite | None = None
+    """Of a transcoder: the site that it predicts."""
+    of: str | None = None
+    """Of a variant that starts from a trained SAE: that one's variant. Width, L0 and seed are its own."""
 
     @field_validator("variant")
     @classmethod
@@ -192,18 +231,30 @@ class Trained(_Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> "Trained":
-        for width, l0 in itertools.product(self.width, self.l0):
-            if not 1 <= l0 <= width:
-                raise _Wrong(f"l0 is {l0:g}; with width {width} it must be from 1 to {width}", "l0")
         for name, choices in (self.model_extra or {}).items():
             if choices == []:
                 raise _Wrong(f"{name} is an empty list; give at least one value", name)
         for overrides in _sweep(self.model_extra or {}):
-            recipe(self.variant, overrides)
-        for l0 in self.l0:
-            if registry.get("variants", self.variant).whole_l0 and l0 != round(l0):
-                raise _Wrong(f"l0 is {l0:g}; {self.variant} keeps k latents, a whole number", "l0")
+            filled = recipe(self.variant, overrides)
+            for width, l0 in itertools.product(self.width, self.l0):
+                try:
+                    filled.check(width, l0)
+                except ValueError as error:
+                    raise _Wrong(str(error), "l0") from None
+        self._check_sites(registry.get("variants", self.variant))
         return self
+
+    def _check_sites(self, variant: Any) -> None:
+        for name in ("reads", "predicts"):
+            given = getattr(self, name) is not None
+            if given and variant.target != "other":
+                raise _Wrong(f"{self.variant} reads and predicts one site; remove {name}", name)
+            if not given and variant.target == "other":
+                raise _Wrong(f"{self.variant} needs {name}, a site such as 2.mlp_out", name)
+        if variant.from_parent and self.of is None:
+            raise _Wrong(f"{self.variant} needs of, the variant that it starts from", "of")
+        if self.of is not None and not variant.from_parent:
+            raise _Wrong(f"{self.variant} starts from no other SAE; remove of", "of")
 
 
 class Checkpoint(_Strict):
@@ -224,12 +275,19 @@ class TrainedSAE(NamedTuple):
 
     name: str
     variant: str
+    family: str
+    """The variant, with the swept options where there are some: what stands together in tables and plots."""
     recipe: Any
     """The variant's dataclass: its baseline with the suite's overrides."""
     width: int
     l0: float
     seed: int
     site: Site
+    """What it reads."""
+    target: Site
+    """What it predicts."""
+    of: str | None
+    """The variant of the SAE that it starts from."""
 
 
 class Suite(_Strict):
@@ -238,11 +296,7 @@ class Suite(_Strict):
     name: Annotated[str, Field(pattern=NAME)]
     model: Model
     sites: Annotated[
-        list[
-            Annotated[
-                Site, BeforeValidator(_site, json_schema_input_type=str | dict[str, str | int])
-            ]
-        ],
+        list[_OneSite],
         Field(min_length=1),
     ]
     text: Text
@@ -276,6 +330,15 @@ class Suite(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _parents(self) -> "Suite":
+        for sae in self.trained():
+            try:
+                self.parent(sae)
+            except UserError as error:
+                raise _Wrong(str(error), "saes") from None
+        return self
+
+    @model_validator(mode="after")
     def _measured(self) -> "Suite":
         known = [metric.name for eval_ in self.evals for metric in eval_.value.metrics]
         for number, report in enumerate(self.reports):
@@ -298,14 +361,39 @@ class Suite(_Strict):
 
     def trained(self) -> list[TrainedSAE]:
         """Every SAE to train, sweeps expanded, in the order of the file."""
-        several = len(self.sites) > 1
+        entries = [entry for entry in self.saes if isinstance(entry, Trained)]
+        transcoded = {(e.reads, e.predicts) for e in entries if e.reads is not None}
         return [
-            sae._replace(name=f"{sae.name}-{site}" if several else sae.name, site=site)
-            for entry in self.saes
-            if isinstance(entry, Trained)
+            sae._replace(name=sae.name + suffix, site=site, target=target)
+            for entry in entries
             for sae in _expand(entry, self.sites[0])
-            for site in self.sites
+            for site, target, suffix in self._places(entry, len(transcoded) > 1)
         ]
+
+    def _places(self, entry: Trained, several: bool) -> list[tuple[Site, Site, str]]:
+        """What the SAEs of an entry read and predict, with what their names say of it."""
+        if entry.reads is not None and entry.predicts is not None:
+            suffix = f"-{entry.reads}-{entry.predicts}" if several else ""
+            return [(entry.reads, entry.predicts, suffix)]
+        return [(s, s, f"-{s}" if len(self.sites) > 1 else "") for s in self.sites]
+
+    def parent(self, sae: TrainedSAE) -> TrainedSAE | None:
+        """The SAE that this one starts from."""
+        if sae.of is None:
+            return None
+        shape = (sae.of, sae.width, sae.l0, sae.seed, sae.site)
+        for other in self.trained():
+            if (other.variant, other.width, other.l0, other.seed, other.site) == shape:
+                return other
+        raise UserError(
+            f"{sae.name} starts from a {sae.of} SAE of width {sae.width}, l0 {sae.l0:g} and seed {sae.seed}, "
+            "which the suite does not train; add it, or name another variant with `of`"
+        )
+
+    def all_sites(self) -> list[Site]:
+        """Every site that is read or predicted."""
+        trained = [site for sae in self.trained() for site in (sae.site, sae.target)]
+        return list(dict.fromkeys([*self.sites, *trained]))
 
     def checkpoints(self) -> list[Checkpoint]:
         return [entry for entry in self.saes if isinstance(entry, Checkpoint)]
@@ -347,10 +435,27 @@ def load(path: Path) -> Suite:
 
 
 def recipe(variant: str, overrides: dict[str, Any]) -> Any:
-    """The variant's dataclass, from its baseline and the overrides."""
+    """The variant's dataclass, from its baseline and the overrides.
+
+    A transcoder has the loss of another variant, its `activation`: what the transcoder's baseline and the suite say
+    goes before that variant's own baseline.
+    """
+    fields = _baseline(variant) | overrides
+    build = registry.get("variants", variant)
+    known = [field.name for field in dataclasses.fields(build)]
+    if "inner" in known:
+        activation = _known_name("variants", fields["activation"])
+        passed_on = {name: value for name, value in fields.items() if name != "activation"}
+        inner = recipe(activation, passed_on)
+        fields = {n: v for n, v in fields.items() if n in known and n != "inner"} | {"inner": inner}
+    return _fill(build, fields, f"variant {variant}")
+
+
+@cache
+def _baseline(variant: str) -> dict[str, Any]:
     path = registry.folder("baselines") / f"{variant}.yaml"
-    fields = yaml.safe_load(path.read_text(encoding="utf-8")) | overrides
-    return _fill(registry.get("variants", variant), fields, f"variant {variant}")
+    fields: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return fields
 
 
 def plugin(kind: str, entry: Any) -> Plugin:
@@ -383,17 +488,32 @@ def _expand(entry: Trained, site: Site) -> Iterator[TrainedSAE]:
     swept = [name for name, choices in options.items() if isinstance(choices, list)]
     for overrides in _sweep(options):
         filled = recipe(entry.variant, overrides)
-        suffix = "".join(f"-{name}{getattr(filled, name):g}" for name in swept)
+        suffix = "".join(f"-{name}{_short(_field(filled, name))}" for name in swept)
         for width, l0, seed in itertools.product(entry.width, entry.l0, entry.seed):
             yield TrainedSAE(
                 name=f"{entry.variant}-w{width}-l{l0:g}-s{seed}{suffix}",
                 variant=entry.variant,
+                family=entry.variant + suffix,
                 recipe=filled,
                 width=width,
                 l0=l0,
                 seed=seed,
                 site=site,
+                target=site,
+                of=entry.of,
             )
+
+
+def _field(recipe: Any, name: str) -> Any:
+    """Of the recipe or, where a transcoder has none of that name, of the one inside."""
+    return getattr(recipe, name) if hasattr(recipe, name) else getattr(recipe.inner, name)
+
+
+def _short(value: Any) -> str:
+    """As part of a name."""
+    if isinstance(value, tuple):
+        return "-".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _sweep(options: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ import pickle
 import platform
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,14 +30,14 @@ from torch import Tensor
 import saebench
 from saebench import results
 from saebench.errors import UserError
-from saebench.loaders.native import FORMAT
+from saebench.loaders.native import FORMAT, native
 from saebench.progress import Meter, say
-from saebench.saes._dictionary import Dictionary
+from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.suite import TrainedSAE
 from saebench.types import Site, Spec
-from saebench.variants._training import Task, Training
+from saebench.variants._training import Downstream, Lesson, Task, Training, Variant
 
-VERSION = 1
+VERSION = 2
 """Raised by every change that can move a trained weight."""
 
 SECONDS_BETWEEN_SAVES = 20.0
@@ -63,13 +64,20 @@ class Reader(Protocol):
         self, sites: list[Site], rows: Int[Tensor, "rows context"]
     ) -> dict[Site, Float[Tensor, "rows context d"]]: ...
 
+    def passage(
+        self, site: Site, rows: Int[Tensor, "rows context"], special: Bool[Tensor, "rows context"]
+    ) -> "Passage": ...
 
-class Statistics(NamedTuple):
-    """Of the first block of the stream. Activations are trained on as (x - mean) / scale."""
 
-    mean: Float[Tensor, " d"]
-    scale: float
-    """sqrt(E|x - mean|^2)"""
+@runtime_checkable
+class Passage(Protocol):
+    """Some rows of text, with the stream at a site to be replaced (`subject.Passage`)."""
+
+    x: Float[Tensor, "n d"]
+
+    def divergence(
+        self, replacement: Float[Tensor, "n d"], later: bool
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""] | None]: ...
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,8 @@ class TrainRun:
     tokens: int
     batch_tokens: int
     buffer_tokens: int
+    parent: "TrainRun | None" = None
+    """The SAE that it starts from."""
 
     def spec(self) -> Spec:
         sae = self.sae
@@ -90,6 +100,8 @@ class TrainRun:
             "trainer": VERSION,
             "model": self.model,
             "site": str(sae.site),
+            "target": str(sae.target),
+            "parent": self.parent and results.key(self.parent.spec()),
             "text": self.text,
             "tokens": self.tokens,
             "batch_tokens": self.batch_tokens,
@@ -145,12 +157,26 @@ class Stream:
         )
         counts = (~special).sum(1)[self._order]
         self._starts = np.concatenate([[0], counts.cumsum()])
-        self._statistics: dict[Site, Statistics] = {}
+        self._statistics: dict[Site, Scaling] = {}
         self._last: tuple[int, dict[Site, Tensor]] | None = None
 
-    def batches(self, first_step: int) -> Iterator[dict[Site, Float[Tensor, "n d"]]]:
-        """Centred and scaled activations for every step from `first_step` on."""
-        for number in range(first_step // self.steps_per_block, self._n_blocks()):
+    def batches(
+        self, first_step: int, ahead: Executor | None = None
+    ) -> Iterator[dict[Site, Float[Tensor, "n d"]]]:
+        """Centred and scaled activations for every step from `first_step` on.
+
+        With `ahead`, the language model reads the next block there while this one is learned from, which takes the
+        memory of two. Nobody else may use the model then.
+        """
+        numbers = range(first_step // self.steps_per_block, self._n_blocks())
+        coming: Future[dict[Site, Tensor]] | None = None
+        for number in numbers:
+            if coming is not None:
+                self._last = (number, _handed_over(coming.result()))
+            self.statistics()
+            self._block(number)
+            if ahead is not None and number + 1 in numbers:
+                coming = ahead.submit(self._read_aside, number + 1)
             yield from self._batches_of(number, first_step)
 
     def _batches_of(
@@ -166,7 +192,17 @@ class Stream:
                 for site, x in block.items()
             }
 
-    def statistics(self) -> dict[Site, Statistics]:
+    def sequences(
+        self, step: int
+    ) -> tuple[Int[Tensor, "rows context"], Bool[Tensor, "rows context"]]:
+        """Whole rows of about as many tokens as a batch has, and where they are special: other rows at every step."""
+        n = max(1, self.batch_tokens // self.rows.shape[1])
+        chosen = self._order[np.arange(step * n, (step + 1) * n) % len(self._order)]
+        ids = torch.from_numpy(self.rows[chosen].astype(np.int64))
+        return ids, torch.from_numpy(self.special[chosen])
+
+    def statistics(self) -> dict[Site, Scaling]:
+        """Mean and sqrt(E|x - mean|^2) of the first block."""
         if not self._statistics:
             self._statistics = {site: _statistics(site, x) for site, x in self._block(0).items()}
         return self._statistics
@@ -188,6 +224,16 @@ class Stream:
             self._last = (number, self._read_block(number))
         return self._last[1]
 
+    def _read_aside(self, number: int) -> dict[Site, Float[Tensor, "block d"]]:
+        """On a CUDA stream of its own where there are such, so that the training does not wait for it."""
+        if not torch.cuda.is_available():
+            return self._read_block(number)
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            block = self._read_block(number)
+        aside.synchronize()
+        return block
+
     def _read_block(self, number: int) -> dict[Site, Float[Tensor, "block d"]]:
         size = self.steps_per_block * self.batch_tokens
         first, last = number * size, min((number + 1) * size, self.steps * self.batch_tokens)
@@ -204,71 +250,118 @@ class Stream:
         return {site: torch.cat(p)[skipped : skipped + last - first] for site, p in pieces.items()}
 
 
+def _handed_over(block: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    """Memory from another CUDA stream must not be used again there before this stream is done with it."""
+    for x in block.values():
+        if x.is_cuda:
+            x.record_stream(torch.cuda.current_stream(x.device))
+    return block
+
+
 def train_missing(runs: list[TrainRun], stream: Stream, checkpoints: Path, device: str) -> None:
-    """Trains what has no checkpoint yet, in as few passes as memory allows. Stopped work is continued."""
-    missing = [run for run in runs if not run.done(checkpoints)]
+    """Trains what has no checkpoint yet, in as few passes as memory allows. Stopped work is continued.
+
+    What starts from another SAE is trained after it.
+    """
     for run in runs:
         if run.done(checkpoints):
             _tidy(run.folder(checkpoints))
-    if not missing:
-        return
-    widths = {site: len(s.mean) for site, s in stream.statistics().items()}
-    groups = split_groups(missing, widths, memory_for_training(device))
-    for number, group in enumerate(groups, 1):
-        which = f" (group {number} of {len(groups)})" if len(groups) > 1 else ""
-        _train_group(group, stream, checkpoints, device, f"training {len(group)} SAEs{which}")
+    for stage in stages([run for run in runs if not run.done(checkpoints)]):
+        groups = split_groups(stage, widths_of(stream), memory_for_training(device))
+        for number, group in enumerate(groups, 1):
+            which = f" (group {number} of {len(groups)})" if len(groups) > 1 else ""
+            _train_group(group, stream, checkpoints, device, f"training {len(group)} SAEs{which}")
+
+
+def stages(runs: list[TrainRun]) -> list[list[TrainRun]]:
+    """Those without a parent, then those with one; none is empty."""
+    parted = [[r for r in runs if (r.parent is not None) == later] for later in (False, True)]
+    return [stage for stage in parted if stage]
+
+
+def widths_of(stream: Stream) -> dict[Site, int]:
+    return {site: len(s.mean) for site, s in stream.statistics().items()}
 
 
 def split_groups(
     runs: list[TrainRun], widths: dict[Site, int], budget: float
 ) -> list[list[TrainRun]]:
-    """Consecutive runs that fit into `budget` bytes together; one alone may be larger."""
+    """Runs that fit into `budget` bytes together, the largest first; one alone may be larger."""
+
+    def size(run: TrainRun) -> int:
+        return training_bytes(run, widths[run.sae.site], widths[run.sae.target])
+
     groups: list[list[TrainRun]] = []
-    used = math.inf
-    for run in runs:
-        size = training_bytes(run, widths[run.sae.site])
-        if used + size > budget:
+    left: list[float] = []
+    for run in sorted(runs, key=size, reverse=True):
+        room = next((i for i, free in enumerate(left) if size(run) <= free), None)
+        if room is None:
+            room = len(groups)
             groups.append([])
-            used = 0.0
-        groups[-1].append(run)
-        used += size
+            left.append(budget)
+        groups[room].append(run)
+        left[room] -= size(run)
     return groups
 
 
-def training_bytes(run: TrainRun, d_in: int) -> int:
+def training_bytes(run: TrainRun, d_in: int, d_out: int) -> int:
     """Weights, gradients and Adam's two moments, and the latents of a batch with their gradient, in float32."""
-    return 4 * (4 * 2 * d_in * run.sae.width + 2 * run.batch_tokens * run.sae.width)
+    return 4 * (4 * (d_in + d_out) + 2 * run.batch_tokens) * run.sae.width
 
 
 class _Pupil:
     """One SAE of a group with its optimiser and the step it has reached."""
 
-    def __init__(self, run: TrainRun, d_in: int, checkpoints: Path, device: str) -> None:
-        self.run, self.folder, self.step = run, run.folder(checkpoints), 0
-        generator = torch.Generator().manual_seed(run.sae.seed)
-        task = Task(d_in, run.sae.width, run.sae.l0, run.tokens, generator)
-        self.training: Training = run.sae.recipe.start(task).to(device)
-        recipe = run.sae.recipe
-        self.optimizer = torch.optim.Adam(
-            self.training.parameters(), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True
-        )
+    def __init__(self, run: TrainRun, stream: Stream, checkpoints: Path, device: str) -> None:
+        self.run, self.stream, self.step = run, stream, 0
+        self.folder, self.device = run.folder(checkpoints), device
+        self.training: Training = run.sae.recipe.start(self._task(checkpoints)).to(device)
+        self.optimizer = optimizer_of(self.training, run.sae.recipe)
         self.state = self.folder / "training.pt"
         if self.state.exists():
             self._restore(device)
 
-    def learn(self, x: Float[Tensor, "n d"], progress: float) -> None:
-        recipe = self.run.sae.recipe
-        loss = self.training.loss(x, progress)
-        loss.backward()
-        self.training.after_backward()
-        torch.nn.utils.clip_grad_norm_(self.training.parameters(), recipe.grad_clip)
-        share = progress + len(x) / self.run.tokens
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * _schedule(progress, share, recipe.lr_warmup, recipe.lr_decay)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.training.after_step()
+    def learn(self, batch: dict[Site, Float[Tensor, "n d"]]) -> None:
+        sae = self.run.sae
+        progress = self.step / self.stream.steps
+        generator = torch.Generator(self.device).manual_seed((sae.seed << 40) + self.step)
+        if sae.recipe.end_to_end:
+            lesson = self._whole_sequences(progress, generator)
+        else:
+            lesson = Lesson(batch[sae.site], batch[sae.target], progress, generator, None)
+        learn(self.training, self.optimizer, sae.recipe, lesson, 1 / self.stream.steps)
         self.step += 1
+
+    def _task(self, checkpoints: Path) -> Task:
+        sae, statistics = self.run.sae, self.stream.statistics()
+        parent = None
+        if self.run.parent is not None:
+            parent = native(self.run.parent.folder(checkpoints)).sae
+            read, predicted = (_inverse(statistics[site].cpu()) for site in (sae.site, sae.target))
+            with torch.no_grad():
+                parent.fold(read, predicted)
+        return Task(
+            d_in=len(statistics[sae.site].mean),
+            d_out=len(statistics[sae.target].mean),
+            width=sae.width,
+            l0=sae.l0,
+            tokens=self.run.tokens,
+            generator=torch.Generator().manual_seed(sae.seed),
+            transcodes=sae.target != sae.site,
+            skip=False,
+            parent=parent,
+        )
+
+    def _whole_sequences(self, progress: float, generator: torch.Generator) -> Lesson:
+        sae, statistics = self.run.sae, self.stream.statistics()[self.run.sae.site]
+        passage = self.stream.subject.passage(sae.site, *self.stream.sequences(self.step))
+        x = (passage.x - statistics.mean) / statistics.scale
+
+        def downstream(x_hat: Tensor, later: bool) -> Downstream:
+            raw = x_hat * statistics.scale + statistics.mean
+            return Downstream(*passage.divergence(raw, later))
+
+        return Lesson(x, x, progress, generator, downstream)
 
     def save(self) -> None:
         """The state of the training, written whole."""
@@ -283,11 +376,15 @@ class _Pupil:
         with results.whole_file(self.state, content.tell()) as file:
             file.write(content.getbuffer())
 
-    def finish(self, statistics: Statistics) -> None:
+    def finish(self) -> None:
         """Writes the checkpoint, the record last, and drops the training state."""
+        statistics = self.stream.statistics()
+        read, predicted = (
+            statistics[site].cpu() for site in (self.run.sae.site, self.run.sae.target)
+        )
         with torch.no_grad():
             sae = self.training.export().cpu()
-            sae.fold(statistics.mean.cpu(), statistics.scale)
+            sae.fold(read, predicted)
         if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
             raise UserError(
                 f"training {self.run.sae.name} ended in weights that are not finite; lower its lr"
@@ -310,16 +407,58 @@ class _Pupil:
             ) from None
 
 
+def optimizer_of(training: Training, recipe: Variant) -> torch.optim.Adam:
+    betas = (recipe.beta1, recipe.beta2)
+    return torch.optim.Adam(training.parameters(), lr=recipe.lr, betas=betas, fused=True)
+
+
+def learn(
+    training: Training,
+    optimizer: torch.optim.Adam,
+    recipe: Variant,
+    lesson: Lesson,
+    share: float,
+) -> Float[Tensor, ""]:
+    """One step, which is this share of the whole training. Returns the loss."""
+    if recipe.input_noise > 0:
+        lesson = lesson._replace(x=_noisy(lesson.x, recipe.input_noise, lesson.generator))
+    loss = training.loss(lesson)
+    loss.backward()
+    training.after_backward()
+    torch.nn.utils.clip_grad_norm_(training.parameters(), recipe.grad_clip)
+    after = lesson.progress + share
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr * _schedule(
+            lesson.progress, after, recipe.lr_warmup, recipe.lr_decay
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    training.after_step(optimizer)
+    return loss.detach()
+
+
+def _noisy(
+    x: Float[Tensor, "n d"], length: float, generator: torch.Generator
+) -> Float[Tensor, "n d"]:
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x + length / math.sqrt(x.shape[1]) * noise
+
+
+def _inverse(scaling: Scaling) -> Scaling:
+    """Takes scaled activations back to raw ones."""
+    return Scaling(-scaling.mean / scaling.scale, 1 / scaling.scale)
+
+
 def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
     """`sae.safetensors`, then `sae.json`: a record that exists is a checkpoint that is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     content = save({name: w.contiguous() for name, w in sae.state_dict().items()})
-    site = run.sae.site
     record = {
         "format": FORMAT,
         "architecture": type(sae).__module__.rpartition(".")[2],
         "arguments": sae.arguments(),
-        "site": {"stream": site.stream, "layer": site.layer},
+        "site": dataclasses.asdict(run.sae.site),
+        "target": dataclasses.asdict(run.sae.target),
         "checksum": hashlib.sha256(content).hexdigest(),
         "training": run.spec(),
         "software": {
@@ -341,19 +480,24 @@ def _tidy(folder: Path) -> None:
 def _train_group(
     group: list[TrainRun], stream: Stream, checkpoints: Path, device: str, what: str
 ) -> None:
-    statistics = stream.statistics()
-    pupils = [_Pupil(run, len(statistics[run.sae.site].mean), checkpoints, device) for run in group]
+    pupils = [_Pupil(run, stream, checkpoints, device) for run in group]
     first = min(pupil.step for pupil in pupils)
     if first:
         say(f"continuing at step {first} of {stream.steps}")
     saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
-    with Meter(
-        what, stream.steps * stream.batch_tokens, "tokens", first * stream.batch_tokens
-    ) as meter:
-        for step, batch in enumerate(stream.batches(first), first):
+    alone = not any(run.sae.recipe.end_to_end for run in group)
+    with (
+        Meter(
+            what, stream.steps * stream.batch_tokens, "tokens", first * stream.batch_tokens
+        ) as meter,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        # On a CPU both would share the cores, and nothing be gained.
+        ahead = thread if alone and device.startswith("cuda") else None
+        for step, batch in enumerate(stream.batches(first, ahead), first):
             for pupil in pupils:
                 if pupil.step == step:
-                    pupil.learn(batch[pupil.run.sae.site], step / stream.steps)
+                    pupil.learn(batch)
             meter.advance(stream.batch_tokens)
             if time.monotonic() - saved > pause:
                 began = time.monotonic()
@@ -362,7 +506,7 @@ def _train_group(
                 saved = time.monotonic()
                 pause = max(SECONDS_BETWEEN_SAVES, 20 * (saved - began))
     for pupil in pupils:
-        pupil.finish(statistics[pupil.run.sae.site])
+        pupil.finish()
 
 
 def _schedule(before: float, after: float, warmup: float, decay: float) -> float:
@@ -372,7 +516,7 @@ def _schedule(before: float, after: float, warmup: float, decay: float) -> float
     return min(1.0, up, down)
 
 
-def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Statistics:
+def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Scaling:
     exact = x.double()
     mean = exact.mean(0)
     scale = (exact - mean).square().sum(1).mean().sqrt().item()
@@ -380,7 +524,7 @@ def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Statistics:
         raise UserError(
             f"the activations at {site} have a spread of {scale}; there is nothing to train on"
         )
-    return Statistics(mean.to(x.dtype), scale)
+    return Scaling(mean.to(x.dtype), scale)
 
 
 def memory_for_training(device: str) -> float:

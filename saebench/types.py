@@ -51,7 +51,8 @@ class SAE(Protocol):
     """Anything that encodes activations into latents and decodes them, on raw activations.
 
     Where an architecture has them, it also carries `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]` and
-    `b_dec [d_out]`; evals that need these raise `Skip` when they are missing.
+    `b_dec [d_out]`; evals that need these raise `Skip` when they are missing. A transcoder with an affine path beside
+    its latents carries `W_skip [d_in d_out]`: its prediction is what it decodes plus x W_skip.
     """
 
     d_in: int
@@ -170,10 +171,13 @@ class Facts(NamedTuple):
     """What is known of a site's evaluation text before any SAE is looked at."""
 
     site: Site
+    """What the SAE reads."""
+    target: Site
+    """What it predicts: the same site, but for transcoders."""
     n_sequences: int
     n_tokens: int
-    mean: Float[Tensor, " d_in"]
-    """Mean activation over the evaluation tokens, float64."""
+    mean: Float[Tensor, " d_out"]
+    """Mean activation of the predicted site over the evaluation tokens, float64."""
 
 
 Spec = dict[str, Any]

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,21 +12,24 @@ import saebench
 
 ROOT = Path(saebench.__file__).parent
 LAYERS = [  # a module imports only from layers above it in this list, or from its own folder
-    ["errors"],
-    ["types", "registry", "stats", "progress"],
+    ["errors", "_triton"],
+    ["types", "registry", "stats", "progress", "kernels"],
     ["sites", "results", "cache", "text"],
     ["suite", "sparse", "reports"],
     ["saes"],
     ["subject", "loaders", "variants", "evals", "controls"],
     ["trainer"],
     ["runner"],
+    ["planner"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 MODULES = sorted(
-    ".".join(["saebench", *path.with_suffix("").parts]).removesuffix(".__init__") for path in FILES
+    ".".join(["saebench", *path.with_suffix("").parts]).removesuffix(".__init__")
+    for path in FILES
+    if path != Path("_triton.py") or find_spec("triton")  # written in a package for GPUs
 )
 LIGHT = ["errors", "registry", "stats", "results", "reports.leaderboard", "reports.pareto", "cli"]
 """What answers `list`, `report`, `plot` and `compare`."""

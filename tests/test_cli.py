@@ -1,6 +1,7 @@
 """The command line: what it answers quickly, what it refuses, and how it ends."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert "to train: 1 of 1 SAEs in 1 passes of 50 steps" in ended.out
     assert "  train topk-w32-l4-s0" in ended.out
     assert "each is scored with: " + ", ".join(EVALS) in ended.out
+    for cost in ("memory of cpu", "disk", "tokens", "floating-point operations", "time"):
+        assert f"\n{cost}: " in ended.out
+    assert re.search(r"an estimate from a measurement of \d+\.\d seconds on cpu", ended.out)
+    assert "measuring: " in ended.err
     assert list(place.folder.iterdir()) == [path]
 
 
@@ -175,6 +180,8 @@ def test_a_dry_run_knows_what_is_done(finished: Finished, run: Run):
     assert ended.code == 0
     assert "to train: 0 of 1 SAEs" in ended.out
     assert "  done  relu-w32-l4-s0" in ended.out
+    assert "to score: 0 SAEs" in ended.out
+    assert "time: nothing is to be done" in ended.out
     assert finished.place.files(".") == before
 
 

@@ -1,5 +1,6 @@
 """The stream of training activations, and the small laws of the trainer."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -7,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from saebench import suite
 from saebench.errors import UserError
+from saebench.saes._dictionary import Scaling
 from saebench.suite import TrainedSAE
-from saebench.trainer import Stream, TrainRun, _schedule, split_groups, training_bytes
+from saebench.trainer import (
+    Stream,
+    TrainRun,
+    _schedule,
+    learn,
+    optimizer_of,
+    split_groups,
+    stages,
+    training_bytes,
+)
 from saebench.types import Site
+from tests import toys
 
 SITE, OTHER = Site("resid_post", 0), Site("mlp_out", 1)
 ROWS, CONTEXT = 40, 16
@@ -29,6 +40,9 @@ class Reader:
         self.asked.append(rows[:, 0].div(CONTEXT, rounding_mode="floor").tolist())
         number = rows.double()
         return {site: torch.stack([number, torch.full_like(number, 7)], -1) for site in sites}
+
+    def passage(self, site, rows, special):
+        raise NotImplementedError
 
 
 def numbered():
@@ -159,7 +173,8 @@ def test_statistics_are_of_the_first_block_in_float64():
     text = stream()
     order = [token for row in text._order for token in numbered()[row][~specials()[row]].tolist()]
     block = np.stack([order[:140], np.full(140, 7)], 1).astype(np.float64)
-    mean, scale = text.statistics()[SITE]
+    mean, scale = found = text.statistics()[SITE]
+    assert isinstance(found, Scaling)
     assert mean.numpy() == pytest.approx(block.mean(0))
     assert scale == pytest.approx(np.sqrt(((block - block.mean(0)) ** 2).sum(1).mean()), rel=1e-12)
 
@@ -212,40 +227,58 @@ def test_without_warm_up_and_decay_the_learning_rate_is_constant():
     assert _schedule(0.0, 0.01, 0.0, 0.0) == _schedule(0.99, 1.0, 0.0, 0.0) == 1.0
 
 
-def run(width, site=SITE):
-    sae = TrainedSAE(f"w{width}", "relu", suite.recipe("relu", {}), width, 8.0, 0, site)
-    return TrainRun(sae, {"id": "toy"}, "text", 1000, 50, 500)
+def run(width, site=SITE, target=None, parent=None):
+    sae = TrainedSAE(
+        name=f"w{width}",
+        variant="relu",
+        family="relu",
+        recipe=toys.recipe("relu"),
+        width=width,
+        l0=8.0,
+        seed=0,
+        site=site,
+        target=target or site,
+        of=None,
+    )
+    return TrainRun(sae, {"id": "toy"}, "text", 1000, 50, 500, parent)
 
 
 def test_the_memory_of_training_is_counted_by_hand():
-    # Two matrices of 16 x 100, each with its gradient and two moments; two blocks of 50 x 100 latents.
-    assert training_bytes(run(100), 16) == 4 * (2 * 16 * 100 * 4 + 2 * 50 * 100)
+    # Matrices of 16 x 100 and 100 x 24, each with its gradient and two moments; two blocks of 50 x 100 latents.
+    assert training_bytes(run(100), 16, 24) == 4 * ((16 + 24) * 100 * 4 + 2 * 50 * 100)
 
 
-def test_runs_are_grouped_in_order_as_far_as_memory_goes():
+def test_runs_are_packed_into_as_much_memory_as_there_is_the_largest_first():
     runs = [run(width) for width in (100, 100, 200, 100, 900, 100)]
-    one = training_bytes(run(100), 16)
+    one = training_bytes(run(100), 16, 16)
     groups = split_groups(runs, {SITE: 16}, 3.0 * one)
     assert [[r.sae.width for r in group] for group in groups] == [
-        [100, 100],
-        [200, 100],
         [900],  # larger than the budget: alone
-        [100],
+        [200, 100],
+        [100, 100, 100],
     ]
-    assert [r for group in groups for r in group] == runs
 
 
 def test_a_group_is_full_exactly_at_its_budget():
-    one = float(training_bytes(run(100), 16))
+    one = float(training_bytes(run(100), 16, 16))
     assert len(split_groups([run(100), run(100)], {SITE: 16}, 2 * one)) == 1
     assert len(split_groups([run(100), run(100)], {SITE: 16}, 2 * one - 1)) == 2
 
 
-def test_the_width_of_its_site_counts_for_the_memory_of_a_run():
-    runs = [run(100), run(100, OTHER)]
-    budget = float(training_bytes(runs[0], 16) + training_bytes(runs[1], 64))
+def test_the_widths_of_both_its_sites_count_for_the_memory_of_a_run():
+    runs = [run(100), run(100, SITE, OTHER)]
+    budget = float(training_bytes(runs[0], 16, 16) + training_bytes(runs[1], 16, 64))
     assert len(split_groups(runs, {SITE: 16, OTHER: 64}, budget)) == 1
     assert len(split_groups(runs, {SITE: 16, OTHER: 65}, budget)) == 2
+
+
+def test_what_starts_from_another_sae_is_trained_after_all_that_do_not():
+    one, two = run(100), run(200)
+    after = run(100, parent=one)
+    assert stages([after, two, one]) == [[two, one], [after]]
+    assert stages([one, two]) == [[one, two]]
+    assert stages([after]) == [[after]]  # its parent was finished before
+    assert stages([]) == []
 
 
 @pytest.mark.parametrize(
@@ -257,3 +290,136 @@ def test_everything_that_moves_weights_names_the_checkpoint(change):
     assert dataclasses.replace(one, **change).folder(Path()) != one.folder(Path())
     seeded = dataclasses.replace(one, sae=one.sae._replace(seed=1))
     assert seeded.folder(Path()) != one.folder(Path())
+    aimed = dataclasses.replace(one, sae=one.sae._replace(target=OTHER))
+    assert aimed.folder(Path()) != one.folder(Path())
+
+
+def test_what_moves_its_parent_names_the_checkpoint_of_an_sae_too():
+    child = run(100, parent=run(100))
+    seeded = dataclasses.replace(child.parent, sae=child.parent.sae._replace(seed=1))
+    folders = {
+        c.folder(Path()) for c in (child, run(100), dataclasses.replace(child, parent=seeded))
+    }
+    assert len(folders) == 3
+
+
+# Whole sequences, for what is trained through the language model
+
+
+def ids(rows):
+    """Which rows of the text these are."""
+    return (rows[:, 0] // CONTEXT).tolist()
+
+
+def test_sequences_are_whole_rows_of_about_a_batch_of_tokens_with_their_specials():
+    rows, special = stream(batch=50).sequences(3)
+    assert rows.shape == special.shape == (3, CONTEXT)  # 50 // 16
+    for found, marked, number in zip(rows, special, ids(rows), strict=True):
+        assert found.tolist() == numbered()[number].tolist()
+        assert marked.tolist() == specials()[number].tolist()
+
+
+def test_there_is_a_sequence_where_a_batch_is_shorter_than_one():
+    rows, _ = stream(batch=10).sequences(0)
+    assert rows.shape == (1, CONTEXT)
+
+
+def test_every_step_has_other_sequences_until_the_text_is_through():
+    text = stream(batch=32, buffer=160)  # two rows at a step: 20 steps
+    seen = [number for step in range(20) for number in ids(text.sequences(step)[0])]
+    assert sorted(seen) == list(range(ROWS)) and seen != sorted(seen)
+
+
+def test_sequences_go_on_when_the_text_is_through():
+    text = stream(batch=32, buffer=160)
+    assert ids(text.sequences(20)[0]) == ids(text.sequences(0)[0])
+
+
+def test_sequences_follow_from_the_step_alone():
+    """Whoever was asked before, however many tokens are in a block, however many rows are read at a time."""
+    one, other = stream(), stream(buffer=40, rows_at_a_time=1)
+    list(other.batches(0))
+    for step in (7, 2, 28):
+        for a, b in zip(one.sequences(step), other.sequences(step), strict=True):
+            assert torch.equal(a, b)
+
+
+# One step
+
+
+class Recorded(torch.optim.Adam):
+    """Keeps the gradients and the learning rate that each step was made with."""
+
+    def __init__(self, training, recipe):
+        super().__init__(training.parameters(), lr=recipe.lr)
+        self.training, self.steps = training, []
+
+    def step(self, closure=None):
+        grads = {k: p.grad.clone() for k, p in self.training.named_parameters()}
+        self.steps.append((grads, self.param_groups[0]["lr"]))
+        return super().step(closure)
+
+
+def recorded(**options):
+    recipe = toys.recipe("topk", **options)
+    training = recipe.start(toys.task(recipe=recipe))
+    return training, recipe, Recorded(training, recipe)
+
+
+def lengths(grads):
+    return float(torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt())
+
+
+def test_gradients_along_the_decoder_are_removed_before_the_rest_is_clipped():
+    """The other way round, less than the allowed norm would be left, which Adam would not notice but its moments."""
+    training, recipe, optimizer = recorded(grad_clip=1e-3)
+    decoder = training.decoder.detach().clone()
+    learn(training, optimizer, recipe, toys.lesson(recipe, toys.sparse_data(64)), 0.01)
+    ((grads, _),) = optimizer.steps
+    assert lengths(grads) == pytest.approx(1e-3, rel=1e-3)
+    assert (grads["decoder"] * decoder).sum(1).abs().max() < 1e-9
+
+
+def test_gradients_below_the_allowed_norm_are_left_alone():
+    training, recipe, optimizer = recorded(grad_clip=1e3)
+    given = toys.lesson(recipe, toys.sparse_data(64))
+    free = copy.deepcopy(training)
+    learn(training, optimizer, recipe, given, 0.01)
+    free.loss(given).backward()
+    free.after_backward()
+    for key, parameter in free.named_parameters():
+        torch.testing.assert_close(optimizer.steps[0][0][key], parameter.grad)
+
+
+def test_no_step_keeps_gradients_of_the_one_before():
+    training, recipe, optimizer = recorded(grad_clip=1e3, lr=1e-30)
+    for _ in range(3):
+        learn(training, optimizer, recipe, toys.lesson(recipe, toys.sparse_data(64)), 0.01)
+    assert all(p.grad is None for p in training.parameters())
+    first, *others = [lengths(grads) for grads, _ in optimizer.steps]
+    assert others == pytest.approx([first, first], rel=1e-5)
+
+
+def test_a_step_has_the_learning_rate_of_its_place_in_the_training():
+    training, recipe, optimizer = recorded(lr=0.5, lr_warmup=0.1, lr_decay=0.2)
+    for progress in (0.0, 0.05, 0.5, 0.9, 0.95):
+        given = toys.lesson(recipe, toys.sparse_data(64), progress)
+        learn(training, optimizer, recipe, given, 0.05)
+    found = [lr for _, lr in optimizer.steps]
+    assert found == pytest.approx([0.25, 0.5, 0.5, 0.25, 0.125])
+
+
+def test_a_step_gives_the_loss_that_it_was_made_from():
+    training, recipe, optimizer = recorded()
+    given = toys.lesson(recipe, toys.sparse_data(64))
+    expected = copy.deepcopy(training).loss(given)
+    found = learn(training, optimizer, recipe, given, 0.01)
+    assert found.item() == expected.item() and not found.requires_grad
+
+
+def test_the_optimiser_has_the_recipes_betas_and_every_parameter():
+    recipe = toys.recipe("gated", lr=0.25, beta1=0.5, beta2=0.75)
+    training = recipe.start(toys.task())
+    (group,) = optimizer_of(training, recipe).param_groups
+    assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
+    assert len(group["params"]) == 6

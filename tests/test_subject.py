@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from saebench import subject as subject_module
 from saebench import text
 from saebench.cache import Cache
 from saebench.errors import UserError
 from saebench.sites import STREAMS, parse_site
-from saebench.subject import LanguageModel, load_model, rows_per_batch
+from saebench.subject import LanguageModel, load_model, random_model, rows_per_batch
 from saebench.types import Batch, Site
 from tests.models import (
     BOS,
@@ -376,7 +377,7 @@ def test_a_batch_holds_the_tokens_that_are_not_special_in_order():
     torch.testing.assert_close(torch.cat([b.x for b in batches]), torch.stack(x), **CLOSE)
     assert torch.cat([b.sequence for b in batches]).tolist() == sequence
     assert torch.cat([b.scored_sequence for b in batches]).tolist() == scored
-    facts = lm.facts(site)
+    facts = lm.facts(site, site)
     assert (facts.n_sequences, facts.n_tokens) == (7, len(x))
     torch.testing.assert_close(facts.mean, torch.stack(x).double().mean(0))
 
@@ -451,7 +452,7 @@ def test_a_transcoder_reads_one_site_and_replaces_another():
 
 def everything(lm, site):
     """All numbers of an evaluation, with a replacement that stands for an SAE."""
-    numbers = [lm.facts(site).mean]
+    numbers = [lm.facts(site, site).mean]
     for batch in lm.evaluation(site):
         outcome = batch.outcome(batch.x * 0.9 + 0.1)
         numbers += [batch.x, batch.sequence, batch.scored_sequence, *outcome, *batch.references()]
@@ -577,6 +578,127 @@ def test_an_unreachable_model_says_what_to_do(monkeypatch, tmp_path):
 def test_an_unknown_dtype_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="nearest: bfloat16"):
         load_model("builtin:pylm", None, "bfloat", "cpu")
+
+
+CONFIG = {
+    "model_type": "gpt_neox",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 4096,
+}
+
+
+def random_of(dtype="float32", tokenizer="builtin:pylm", **changes):
+    return random_model({**CONFIG, **changes}, tokenizer, dtype, "cpu")
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_random_state_alone():
+    before = torch.random.get_rng_state()
+    one = random_of()
+    torch.rand(3)
+    other = random_of()
+    weights = [dict(m.model.named_parameters()) for m in (one, other)]
+    assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+    assert one.identity == other.identity
+    torch.random.set_rng_state(before)
+    random_of()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not one.model.training
+    assert not any(p.requires_grad for p in one.model.parameters())
+
+
+def test_a_random_model_is_known_by_its_whole_config():
+    identity = random_of().identity
+    assert identity["id"] == "random:gpt_neox"
+    assert identity["revision"].startswith("sha256:")
+    # What is not said has the value that transformers gives it: saying so changes nothing.
+    assert random_of(hidden_act="gelu").identity == identity
+    assert random_of(hidden_act="relu").identity["revision"] != identity["revision"]
+    assert random_of(initializer_range=0.1).identity["revision"] != identity["revision"]
+    assert random_of(transformers_version="4.0.0").identity == identity
+
+
+def test_random_weights_have_the_dtype_asked_for():
+    loaded = random_of("bfloat16")
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.identity["dtype"] == "bfloat16"
+
+
+def test_a_random_model_has_the_parameters_of_the_model_it_stands_for():
+    """Pythia 70M has 18,915,328 parameters besides its embeddings (its model card)."""
+    sizes = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = random_of(**sizes, intermediate_size=2048).model
+    assert sum(p.numel() for p in model.parameters()) == 18_915_328 + 2 * 4096 * 512
+
+
+def test_a_random_model_runs_at_its_sites_and_touches_no_network(monkeypatch):
+    import socket
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the network was asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    loaded = random_of()
+    tokens = text.tokenize(text.Builtin("python-stdlib"), loaded.tokenizer, 32, 0, 100)
+    lm = LanguageModel(loaded.model, tokens, loaded.identity, Cache(None), 2)
+    assert lm.width(Site("resid_post", 1)) == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nonsense"}, "type 'nonsense' is none that transformers knows"),
+        ({"model_type": "t5"}, "no causal language model could be made .* type 't5'"),
+        ({"hidden_size": "wide"}, "'gpt_neox' is none that transformers knows: .*hidden_size"),
+        ({"hidden_size": 17}, "'gpt_neox' is none that transformers knows: .*divisible"),
+        ({"num_hidden_layer": 3}, "has no 'num_hidden_layer'; did you mean 'num_hidden_layers'"),
+        ({"vocab_size": 1000}, "has 4096 tokens, but the config a vocab_size of 1000"),
+    ],
+)
+def test_a_config_that_makes_no_language_model_is_refused(changes, message):
+    config = {"model_type": "t5"} if changes.get("model_type") == "t5" else {**CONFIG, **changes}
+    with pytest.raises(UserError, match=message) as caught:
+        random_model(config, "builtin:pylm", "float32", "cpu")
+    assert len(str(caught.value)) < 1000
+
+
+def test_keys_of_older_config_files_are_taken():
+    """As in the published config.json of Pythia."""
+    random_of(rotary_pct=0.25, rotary_emb_base=10000, architectures=["GPTNeoXForCausalLM"])
+
+
+def test_a_tokenizer_may_be_a_folder(folder):
+    assert len(random_of(tokenizer=str(folder), vocab_size=259).tokenizer) == 259
+    with pytest.raises(UserError, match="tokenizer '.*nowhere' could not be loaded"):
+        random_of(tokenizer=str(folder / "nowhere"))
+
+
+def test_what_a_branch_stood_for_goes_into_the_identity(monkeypatch, folder):
+    """A suite that names no revision, or a branch, has the commit in its results."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    asked = []
+
+    def download(_id, file, revision):
+        asked.append(revision)
+        return f"/hub/snapshots/{commit}/{file}"
+
+    def with_report(_source, **options):
+        asked.append(options["revision"])
+        return tiny_model("llama"), {"missing_keys": [], "mismatched_keys": []}
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(subject_module, "_with_report", with_report)
+    monkeypatch.setattr(
+        subject_module.AutoTokenizer, "from_pretrained", lambda *_, **__: byte_tokenizer()
+    )
+    for revision in (None, "step143000"):
+        asked.clear()
+        identity = load_model("some/model", revision, "float32", "cpu").identity
+        assert identity == {"id": "some/model", "revision": commit, "dtype": "float32"}
+        assert asked == [revision, commit]
 
 
 # How sites are written

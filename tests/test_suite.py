@@ -1,5 +1,6 @@
 """A suite file is read strictly: what is wrong is named with file, line, field and the nearest valid choice."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -59,7 +60,57 @@ WRONG = {
         "training.bufer_tokens",
         ["did you mean 'buffer_tokens'"],
     ),
-    "missing key": ("{id: some/model}", "{dtype: float32}", 2, "model.id", ["missing"]),
+    "missing key": ("context: 32, ", "", 4, "text.context", ["missing"]),
+    "no model": (
+        "{id: some/model}",
+        "{dtype: float32}",
+        2,
+        "model",
+        ["exactly one of id and config"],
+    ),
+    "two models": ("{id:", "{config: {}, id:", 2, "model", ["got id and config"]),
+    "random weights of a trained model": (
+        "{id:",
+        "{weights: random, id:",
+        2,
+        "model.weights",
+        ["weights has no meaning beside id"],
+    ),
+    "a tokenizer beside an id": (
+        "{id:",
+        "{tokenizer: x, id:",
+        2,
+        "model.tokenizer",
+        ["tokenizer has no meaning beside id"],
+    ),
+    "a config whose weights are not said": (
+        "{id: some/model}",
+        "{config: {model_type: gpt2}}",
+        2,
+        "model",
+        ["say `weights: random`"],
+    ),
+    "a config with a revision": (
+        "{id: some/model}",
+        "{config: {model_type: gpt2}, weights: random, revision: main}",
+        2,
+        "model.revision",
+        ["revision has no meaning beside config"],
+    ),
+    "a config of no type": (
+        "{id: some/model}",
+        "{config: {hidden_size: 8}, weights: random}",
+        2,
+        "model.config",
+        ["no model_type"],
+    ),
+    "weights that are not random": (
+        "{id: some/model}",
+        "{config: {model_type: gpt2}, weights: trained}",
+        2,
+        "model.weights",
+        ["'trained'", "'random'"],
+    ),
     "unknown dtype": ("{id:", "{dtype: fp32, id:", 2, "model.dtype", ["'fp32'", "'float32'"]),
     "unknown variant": ("topk", "topkk", 7, "saes.0.variant", ["'topkk'", "'topk'", "jumprelu"]),
     "unknown eval": ("fidelity", "fidelty", 11, "evals.1", ["'fidelty'", "mean 'fidelity'"]),
@@ -270,8 +321,11 @@ def test_several_sites_are_part_of_the_names(tmp_path):
 @pytest.mark.parametrize("variant", registry.names("variants"))
 def test_what_a_suite_does_not_override_is_the_baselines(variant: str):
     baseline = yaml.safe_load((registry.folder("baselines") / f"{variant}.yaml").read_text())
-    found = suite.recipe(variant, {"lr": 0.5})
-    assert vars(found) == baseline | {"lr": 0.5}
+    found = dataclasses.asdict(suite.recipe(variant, {"lr": 0.5}))
+    inner = found.pop("inner", None)
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+    assert plain == baseline | {"lr": 0.5}
+    assert inner is None or inner["lr"] == 0.5
 
 
 @pytest.mark.parametrize("path", registry.suites(), ids=lambda path: path.stem)
@@ -279,12 +333,274 @@ def test_the_suites_that_come_along_are_valid(path: Path):
     assert suite.load(path).name == path.stem
 
 
+@pytest.mark.parametrize("name", ["pythia-70m", "pythia-160m", "gpt2-small", "gemma-2-2b"])
+def test_a_public_suite_is_the_standard_grid(name: str):
+    found = suite.load(registry.folder("suites") / f"{name}.yaml")
+    saes = found.trained()
+    assert len(saes) == len({sae.name for sae in saes}) == 7 * 6 * 3
+    assert {sae.l0 for sae in saes} == {20, 40, 80, 160, 320, 640}
+    assert {sae.width for sae in saes} == {4096, 16384, 65536}
+    assert found.text.train_tokens == 500_000_000
+    # What no one has looked up is not written: a hash would be.
+    assert found.model.revision == ("step143000" if name.startswith("pythia") else None)
+
+
+@pytest.mark.parametrize("name", ["pythia-70m", "pythia-160m", "gpt2-small", "gemma-2-2b"])
+def test_a_public_suite_says_how_to_rehearse_it(tmp_path: Path, name: str):
+    """The line in the comment is one that can be put in the place of the model."""
+    text = (registry.folder("suites") / f"{name}.yaml").read_text(encoding="utf-8")
+    (said,) = [line for line in text.splitlines() if line.startswith("#   model: ")]
+    (model,) = [line for line in text.splitlines() if line.startswith("model: ")]
+    found = loaded(tmp_path, text.replace(model, said.removeprefix("#   "))).model
+    assert found.weights == "random"
+    assert isinstance(found.config, dict)
+    assert found.dtype == suite.load(registry.folder("suites") / f"{name}.yaml").model.dtype
+
+
+def test_a_model_may_be_an_architecture_alone(tmp_path):
+    text = VALID.replace("{id: some/model}", "{config: {model_type: gpt2}, weights: random}")
+    assert loaded(tmp_path, text).model.config == {"model_type": "gpt2"}
+    named = VALID.replace("{id: some/model}", "{config: folder/config.json, weights: random}")
+    assert loaded(tmp_path, named).model.config == "folder/config.json"
+
+
 def test_a_definition_is_plain_data_with_every_default_filled_in(tmp_path):
     definition = json.loads(json.dumps(loaded(tmp_path, VALID).definition(), allow_nan=False))
-    assert definition["model"] == {"id": "some/model", "revision": None, "dtype": "float32"}
+    absent = dict.fromkeys(("revision", "config", "weights", "tokenizer"))
+    assert definition["model"] == absent | {"id": "some/model", "dtype": "float32"}
     assert definition["sites"] == ["1.resid_post"]
-    assert definition["saes"] == [{"variant": "topk", "width": [32], "l0": [4.0], "seed": [0]}]
+    sweeps = {"variant": "topk", "width": [32], "l0": [4.0], "seed": [0]}
+    assert definition["saes"] == [sweeps | {"reads": None, "predicts": None, "of": None}]
     assert definition["reports"][0]["leaderboard"]["formats"] == ["md", "csv", "tex"]
+
+
+# Variants that need more than a width and an L0
+
+
+def with_saes(*entries: str) -> str:
+    """The valid suite, with these SAEs; the first is on line 7."""
+    lines = "".join(f"\n  - {{{entry}}}" for entry in entries)
+    return VALID.replace("\n  - {variant: topk, width: 32, l0: 4}", lines)
+
+
+PAIR = "reads: 1.mlp_in, predicts: 1.mlp_out"
+SHAPE = "width: 32, l0: 4"
+
+# (the entry of the SAE, field, parts of the message)
+BAD_RECIPES = {
+    "l0 above the width": ("variant: relu, width: 32, l0: 33", "l0", ["33", "from 1 to 32"]),
+    "l0 below one": ("variant: gated, width: 32, l0: 0.5", "l0", ["0.5", "from 1 to 32"]),
+    "l0 of zero": ("variant: relu, width: 32, l0: 0", "l0.0", ["0"]),
+    "one of several l0 above the width": (
+        "variant: jumprelu, width: [64, 32], l0: [8, 40]",
+        "l0",
+        ["l0 is 40", "width 32"],
+    ),
+    "k that is not whole": ("variant: topk, width: 32, l0: 4.5", "l0", ["4.5", "topk", "whole"]),
+    "k of a transcoder that is not whole": (
+        f"variant: transcoder, width: 32, l0: 4.5, {PAIR}",
+        "l0",
+        ["4.5", "topk", "whole"],
+    ),
+    "l0 of a transcoder above its width": (
+        f"variant: skip_transcoder, activation: relu, width: 32, l0: 33, {PAIR}",
+        "l0",
+        ["33", "from 1 to 32"],
+    ),
+    "negative width": ("variant: tied, width: -32, l0: 4", "width.0", ["-32"]),
+    "unknown option": (f"variant: p_anneal, {SHAPE}, p_ende: 0.5", "p_ende", ["mean 'p_end'"]),
+    "option of another variant": (
+        f"variant: relu, {SHAPE}, k_anneal: 0.5",
+        "k_anneal",
+        ["relu has no parameter 'k_anneal'"],
+    ),
+    "unknown option of the activation": (
+        f"variant: transcoder, activation: jumprelu, {SHAPE}, {PAIR}, bandwith: 0.1",
+        "bandwith",
+        ["jumprelu has no parameter 'bandwith'", "mean 'bandwidth'"],
+    ),
+    "option of another activation": (
+        f"variant: transcoder, {SHAPE}, {PAIR}, bandwidth: 0.1",
+        "bandwidth",
+        ["topk has no parameter 'bandwidth'"],
+    ),
+    "unknown activation": (
+        f"variant: transcoder, activation: topkk, {SHAPE}, {PAIR}",
+        "",
+        ["'topkk'", "mean 'topk'"],
+    ),
+    "activation that is bound to one site": (
+        f"variant: transcoder, activation: tied, {SHAPE}, {PAIR}",
+        "",
+        ["tied", "cannot predict another site"],
+    ),
+    "prefixes that do not ascend": (
+        f"variant: matryoshka, {SHAPE}, prefixes: [[0.5, 0.25, 1.0]]",
+        "",
+        ["[0.5, 0.25, 1.0]", "ascending"],
+    ),
+    "prefixes that do not end with all": (
+        f"variant: matryoshka, {SHAPE}, prefixes: [[0.25, 0.5]]",
+        "",
+        ["[0.25, 0.5]", "end with 1"],
+    ),
+    "annealing that ends before it starts": (
+        f"variant: p_anneal, {SHAPE}, anneal_start: 0.5, anneal_end: 0.4",
+        "",
+        ["anneal_end is 0.4", "more than anneal_start"],
+    ),
+    "negative noise": (f"variant: topk, {SHAPE}, input_noise: -0.1", "input_noise", ["-0.1"]),
+    "resampling half a time": (f"variant: relu, {SHAPE}, resamplings: 0.5", "resamplings", ["0.5"]),
+    "unknown sparsity loss": (
+        f"variant: jumprelu, {SHAPE}, sparsity_loss: tan",
+        "sparsity_loss",
+        ["'tan'", "'tanh'"],
+    ),
+    "a transcoder that reads nothing": (
+        f"variant: transcoder, {SHAPE}, predicts: 1.mlp_out",
+        "reads",
+        ["transcoder needs reads"],
+    ),
+    "a transcoder that predicts nothing": (
+        f"variant: skip_transcoder, {SHAPE}, reads: 1.mlp_in",
+        "predicts",
+        ["skip_transcoder needs predicts"],
+    ),
+    "an SAE with a site of its own": (
+        f"variant: relu, {SHAPE}, reads: 1.mlp_in",
+        "reads",
+        ["relu reads and predicts one site; remove reads"],
+    ),
+    "an SAE with a target": (
+        f"variant: end_to_end, {SHAPE}, predicts: 1.mlp_out",
+        "predicts",
+        ["remove predicts"],
+    ),
+    "a target that is no site": (
+        f"variant: transcoder, {SHAPE}, reads: 1.mlp_in, predicts: 1.mlp_outt",
+        "predicts",
+        ["mlp_outt", "mlp_out"],
+    ),
+    "a rescaled SAE of nothing": (f"variant: rescaled, {SHAPE}", "of", ["rescaled needs of"]),
+    "an SAE that starts from no other": (
+        f"variant: topk, {SHAPE}, of: relu",
+        "of",
+        ["topk starts from no other SAE; remove of"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("entry", "field", "parts"), BAD_RECIPES.values(), ids=BAD_RECIPES)
+def test_bad_recipes_are_refused_with_their_line_before_a_model_is_loaded(
+    tmp_path: Path, entry: str, field: str, parts: list[str]
+):
+    """The model of the suite does not exist: nobody asks for it."""
+    message = refusal(tmp_path, with_saes(entry))
+    place = ".".join(["saes.0", *([field] if field else [])])
+    assert message.startswith(f"{tmp_path / 'suite.yaml'}:7: {place}"), message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        "variant: topk, width: 32, l0: 4",
+        "variant: relu, width: 64, l0: 4",
+        "variant: relu, width: 32, l0: 8",
+        "variant: relu, width: 32, l0: 4, seed: 1",
+    ],
+)
+def test_a_rescaled_sae_without_its_parent_in_the_suite_is_refused(tmp_path: Path, parent: str):
+    message = refusal(tmp_path, with_saes(parent, f"variant: rescaled, of: relu, {SHAPE}"))
+    assert message.startswith(f"{tmp_path / 'suite.yaml'}:6: saes: rescaled-w32-l4-s0")
+    assert "a relu SAE of width 32, l0 4 and seed 0, which the suite does not train" in message
+
+
+def test_a_rescaled_sae_starts_from_the_one_of_its_shape_at_its_site(tmp_path):
+    text = with_saes(
+        "variant: rescaled, of: relu, width: 32, l0: [4, 8], seed: 1",
+        "variant: relu, width: [16, 32], l0: [4, 8], seed: [0, 1]",
+        "variant: topk, width: 32, l0: [4, 8], seed: 1",
+    ).replace("[{layer: 1, stream: resid_post}]", "[0.resid_post, 1.mlp_out]")
+    found = loaded(tmp_path, text)
+    parents = {sae.name: found.parent(sae).name for sae in found.trained() if sae.of}
+    assert parents == {
+        f"rescaled-w32-l{l0}-s1-{site}": f"relu-w32-l{l0}-s1-{site}"
+        for l0 in (4, 8)
+        for site in ("0.resid_post", "1.mlp_out")
+    }
+    assert all(found.parent(sae) is None for sae in found.trained() if not sae.of)
+
+
+def test_transcoders_have_sites_of_their_own_and_all_sites_are_known(tmp_path):
+    text = with_saes(f"variant: topk, {SHAPE}", f"variant: transcoder, {SHAPE}, {PAIR}")
+    found = loaded(tmp_path, text)
+    sites = {sae.name: (str(sae.site), str(sae.target)) for sae in found.trained()}
+    assert sites == {
+        "topk-w32-l4-s0": ("1.resid_post", "1.resid_post"),
+        "transcoder-w32-l4-s0": ("1.mlp_in", "1.mlp_out"),
+    }
+    assert [str(site) for site in found.all_sites()] == ["1.resid_post", "1.mlp_in", "1.mlp_out"]
+
+
+def test_several_pairs_of_sites_are_part_of_the_names_of_transcoders(tmp_path):
+    other = "reads: 0.mlp_in, predicts: 0.mlp_out"
+    text = with_saes(
+        f"variant: transcoder, {SHAPE}, {PAIR}", f"variant: skip_transcoder, {SHAPE}, {other}"
+    )
+    assert [sae.name for sae in loaded(tmp_path, text).trained()] == [
+        "transcoder-w32-l4-s0-1.mlp_in-1.mlp_out",
+        "skip_transcoder-w32-l4-s0-0.mlp_in-0.mlp_out",
+    ]
+
+
+def test_several_sites_of_a_suite_do_not_multiply_its_transcoders(tmp_path):
+    text = with_saes(f"variant: transcoder, {SHAPE}, {PAIR}").replace(
+        "[{layer: 1, stream: resid_post}]", "[0.resid_post, 1.resid_post]"
+    )
+    assert [sae.name for sae in loaded(tmp_path, text).trained()] == ["transcoder-w32-l4-s0"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "names"),
+    {
+        "texts": (
+            "variant: jumprelu, width: 32, l0: 4, sparsity_loss: [quadratic, tanh]",
+            ["jumprelu-w32-l4-s0-sparsity_lossquadratic", "jumprelu-w32-l4-s0-sparsity_losstanh"],
+        ),
+        "activations": (
+            f"variant: transcoder, {SHAPE}, {PAIR}, activation: [topk, relu]",
+            ["transcoder-w32-l4-s0-activationtopk", "transcoder-w32-l4-s0-activationrelu"],
+        ),
+        "an option of the activation": (
+            f"variant: transcoder, activation: relu, {SHAPE}, {PAIR}, penalty: [3e-2, 0.1]",
+            ["transcoder-w32-l4-s0-penalty0.03", "transcoder-w32-l4-s0-penalty0.1"],
+        ),
+        "whole numbers": (
+            f"variant: relu, {SHAPE}, resamplings: [0, 4]",
+            ["relu-w32-l4-s0-resamplings0", "relu-w32-l4-s0-resamplings4"],
+        ),
+        "yes and no": (
+            f"variant: matryoshka, {SHAPE}, random_prefixes: [false, true]",
+            [
+                "matryoshka-w32-l4-s0-random_prefixesFalse",
+                "matryoshka-w32-l4-s0-random_prefixesTrue",
+            ],
+        ),
+        "lists": (
+            f"variant: matryoshka, {SHAPE}, prefixes: [[0.25, 1.0], [0.5, 1.0]]",
+            ["matryoshka-w32-l4-s0-prefixes0.25-1", "matryoshka-w32-l4-s0-prefixes0.5-1"],
+        ),
+    }.values(),
+)
+def test_swept_options_of_every_kind_are_part_of_the_name(
+    tmp_path: Path, entry: str, names: list[str]
+):
+    saes = loaded(tmp_path, with_saes(entry)).trained()
+    assert [sae.name for sae in saes] == names
+    assert saes[0].recipe != saes[1].recipe
+    assert len({sae.family for sae in saes}) == 2
 
 
 # The schema for editors

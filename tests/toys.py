@@ -4,6 +4,7 @@ Its "language model" is one linear readout of the stream: what it predicts at a 
 activation there alone, so references and outcomes are a few lines of NumPy.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench import registry, stats
+from saebench import registry, stats, suite, trainer
 from saebench.types import SAE, Eval, Facts, Outcome, References, Score, Seen, Site, Skip
 
 D, D_SAE, VOCABULARY = 6, 24, 11
@@ -40,7 +41,7 @@ class World:
         return self.x.double().mean(0)
 
     def facts(self) -> Facts:
-        return Facts(Site("toy", 0), self.n_sequences, len(self.x), self.mean)
+        return Facts(Site("toy", 0), Site("toy", 0), self.n_sequences, len(self.x), self.mean)
 
     def batches(self, groups: Sequence[Sequence[int]] | None = None) -> Iterator["ToyBatch"]:
         """One batch for each group of sequences; all sequences in one where no groups are given."""
@@ -184,32 +185,130 @@ SAMPLE = {int: 4, float: 0.1}
 """A legal value for any extra argument of an architecture."""
 
 
-def sae_of(name: str, d_in: int = D, d_sae: int = D_SAE, seed: int = 0) -> Any:
+def sae_of(name: str, d_in: int = D, d_sae: int = D_SAE, seed: int = 0, **transcoder: Any) -> Any:
     """An SAE of one architecture with random weights; what must not be negative is not."""
     build = registry.get("saes", name)
     extra = [p for p in inspect.signature(build).parameters.values() if p.kind == p.KEYWORD_ONLY]
-    sae = build(d_in, d_sae, **{p.name: SAMPLE[p.annotation] for p in extra})
+    sae = build(d_in, d_sae, **transcoder, **{p.name: SAMPLE[p.annotation] for p in extra})
     generator = torch.Generator().manual_seed(seed)
     for key, weight in sae.named_parameters():
         weight.copy_(torch.randn(weight.shape, generator=generator) * 0.5)
-        if key == "threshold":
+        if key in ("threshold", "penalty", "size"):
             weight.abs_()
     return sae
 
 
+def fold(sae: Any, mean: Tensor, scale: float) -> None:
+    """As the trainer does for an SAE that reads what it gives back."""
+    from saebench.saes._dictionary import Scaling
+
+    sae.fold(Scaling(mean, scale), Scaling(mean, scale))
+
+
 def aligned(sae: Any) -> Any:
     """The same with an encoder near its decoder, so that reconstructions point along activations."""
-    sae.W_enc.mul_(0.5).add_(sae.W_dec.T)
+    if hasattr(sae, "W_enc"):
+        sae.W_enc.mul_(0.5).add_(sae.W_dec.T)
     sae.W_dec.mul_(0.1)
     return sae
 
 
+@functools.cache
+def recipe(name: str, **options: Any) -> Any:
+    """A variant's baseline with these overrides."""
+    return suite.recipe(name, options)
+
+
 def task(
-    d_in: int = 8, width: int = 32, l0: float = 4, tokens: int = 64 * 200, seed: int = 0
+    d_in: int = 8,
+    width: int = 32,
+    l0: float = 4,
+    tokens: int = 64 * 200,
+    seed: int = 0,
+    recipe: Any = None,
 ) -> Any:
+    """What a variant is trained for. With a `recipe`, also what it needs besides: another target, or a parent."""
     from saebench.variants._training import Task
 
-    return Task(d_in, width, l0, tokens, torch.Generator().manual_seed(seed))
+    transcodes = recipe is not None and recipe.target == "other"
+    return Task(
+        d_in=d_in,
+        d_out=d_in + WIDER if transcodes else d_in,
+        width=width,
+        l0=l0,
+        tokens=tokens,
+        generator=torch.Generator().manual_seed(seed),
+        transcodes=transcodes,
+        skip=False,
+        parent=shrunk(d_in, width, seed) if recipe is not None and recipe.from_parent else None,
+    )
+
+
+WIDER = 3
+"""Dimensions that the toy transcoders' target has more than their input, so that mix-ups show."""
+
+
+def shrunk(d_in: int, width: int, seed: int = 0) -> Any:
+    """A ReLU SAE that looks trained on `sparse_data`: its directions, with latents that are too small."""
+    from saebench.saes.relu import ReLU
+
+    rows = _directions(width, d_in, 99 + seed)
+    sae = ReLU(d_in, width)
+    sae.load_state_dict(
+        {
+            "W_enc": 0.3 * rows.T,
+            "W_dec": rows,
+            "b_enc": torch.full((width,), -0.15),
+            "b_dec": torch.full((d_in,), 0.01),
+        }
+    )
+    return sae
+
+
+def _directions(n: int, d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=-1)
+
+
+def other_site(x: Tensor) -> Tensor:
+    """The stream that toy transcoders predict: wider, and no linear map of what they read."""
+    d = x.shape[1]
+    M = (_directions(d, d + WIDER, 98)).to(x.dtype)
+    return 0.6 * x @ M + (x @ M.flip(0)).abs()
+
+
+class Readout:
+    """A language model of one linear readout, with one later layer, that an SAE is trained through."""
+
+    def __init__(self, x: Tensor) -> None:
+        d = x.shape[1]
+        self.x = x
+        self.logits = 3 * _directions(d, VOCABULARY, 97).to(x.dtype)
+        self.layer = _directions(d, 5, 96).to(x.dtype)
+
+    def __call__(self, x_hat: Tensor, later: bool) -> Any:
+        from saebench.variants._training import Downstream
+
+        p, q = ((x @ self.logits).log_softmax(-1) for x in (self.x, x_hat))
+        kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
+        return Downstream(kl, self.later(x_hat) if later else None)
+
+    def later(self, x_hat: Tensor) -> Tensor:
+        a, b = self.x @ self.layer, x_hat @ self.layer
+        return (a - b).square().sum() / len(a)
+
+
+def lesson(recipe: Any, x: Tensor, progress: float = 0.9, seed: int = 0) -> Any:
+    """One batch as the trainer hands it to this variant."""
+    from saebench.variants._training import Lesson
+
+    return Lesson(
+        x=x,
+        target=other_site(x) if recipe.target == "other" else x,
+        progress=progress,
+        generator=torch.Generator().manual_seed(seed),
+        downstream=Readout(x) if recipe.end_to_end else None,
+    )
 
 
 def sparse_data(
@@ -217,9 +316,7 @@ def sparse_data(
 ) -> Tensor:
     """Sums of a few of `features` directions, centred and of unit mean square."""
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.nn.functional.normalize(
-        torch.randn(features, d, generator=torch.Generator().manual_seed(99)), dim=-1
-    )
+    directions = _directions(features, d, 99)
     on = torch.rand(n, features, generator=generator) < active / features
     x = (on * (0.5 + torch.rand(n, features, generator=generator))) @ directions
     x = x - x.mean(0)
@@ -227,23 +324,17 @@ def sparse_data(
 
 
 class Learner:
-    """What the trainer does at every step, without files, schedules and groups."""
+    """Trains as the trainer does, step by step, without files and groups."""
 
-    def __init__(self, recipe: Any, task: Any) -> None:
-        self.recipe, self.task = recipe, task
-        self.training = recipe.start(task)
-        self.optimizer = torch.optim.Adam(
-            self.training.parameters(), lr=recipe.lr, betas=(recipe.beta1, recipe.beta2)
-        )
+    def __init__(self, recipe: Any, **shape: Any) -> None:
+        self.recipe, self.task = recipe, task(recipe=recipe, **shape)
+        self.training = recipe.start(self.task)
+        self.optimizer = trainer.optimizer_of(self.training, recipe)
         self.seen = 0
 
     def learn(self, x: Tensor) -> float:
-        loss = self.training.loss(x, self.seen / self.task.tokens)
-        loss.backward()
-        self.training.after_backward()
-        torch.nn.utils.clip_grad_norm_(self.training.parameters(), self.recipe.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.training.after_step()
+        given = lesson(self.recipe, x, self.seen / self.task.tokens, seed=self.seen)
+        share = len(x) / self.task.tokens
+        loss = trainer.learn(self.training, self.optimizer, self.recipe, given, share)
         self.seen += len(x)
         return loss.item()

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary
+from saebench.types import Site
 
 
 class Asked(NamedTuple):
@@ -20,6 +22,8 @@ class Asked(NamedTuple):
     l0: float
     identity: str
     """Hash of all that determined its weights."""
+    site: Site
+    """What it reads."""
 
 
 class Planned(NamedTuple):
@@ -57,3 +61,22 @@ class Control(ABC):
 def shapes(asked: Sequence[Asked]) -> list[tuple[int, float]]:
     """The different (width, l0) of the trained SAEs, in their order."""
     return list(dict.fromkeys((sae.width, sae.l0) for sae in asked))
+
+
+def beside_parents(
+    control: str, asked: Sequence[Asked], of: str | None, prefix: str = ""
+) -> list[Planned]:
+    """One control for each (width, l0): made of the first SAE of that shape, or the first of the variant `of`."""
+    parents = [sae for sae in asked if of in (None, sae.variant)]
+    if not parents:
+        raise UserError(
+            f"the control {control} has no parent: the suite trains no {of or 'SAE'!r} that it could be "
+            "made of; name a variant that it trains, or drop the control"
+        )
+    first = {
+        shape: next(p for p in parents if (p.width, p.l0) == shape) for shape in shapes(parents)
+    }
+    return [
+        Planned(f"{prefix}-w{width}-l{l0:g}", width, l0, parent)
+        for (width, l0), parent in first.items()
+    ]

@@ -9,8 +9,7 @@ from typing import final
 
 import torch
 
-from saebench.controls._control import Asked, Control, Material, Planned, shapes
-from saebench.errors import UserError
+from saebench.controls._control import Asked, Control, Material, Planned, beside_parents
 from saebench.saes._dictionary import Dictionary
 
 
@@ -22,16 +21,9 @@ class PermutedDecoder(Control):
     seed: int = 0
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
-        parents = [sae for sae in asked if self.of in (None, sae.variant) and sae.width > 1]
-        if not parents:
-            raise UserError(
-                f"the control permuted_decoder has no parent: the suite trains no {self.of or 'SAE'!r}; "
-                "name a variant that it trains at a width above 1, or drop the control"
-            )
-        first = {
-            shape: next(p for p in parents if (p.width, p.l0) == shape) for shape in shapes(parents)
-        }
-        return [Planned(f"-w{w}-l{l0:g}", w, l0, parent) for (w, l0), parent in first.items()]
+        # A single row has no other latent to go to.
+        several = [sae for sae in asked if sae.width > 1]
+        return beside_parents("permuted_decoder", several, self.of)
 
     def build(self, planned: Planned, material: Material) -> Dictionary:
         assert planned.parent is not None, "planned from a trained SAE"

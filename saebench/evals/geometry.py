@@ -1,7 +1,8 @@
 """How the dictionary lies in space.
 
 encoder_decoder_cosine          = median over live latents of cos(W_enc[:, i], W_dec[i]); dead ones sit at their initial
-                                  value and are left out; beside it the 5 % and 95 % quantiles, and
+                                  value and are left out; a transcoder has none, because its two sites share no
+                                  directions; beside it the 5 % and 95 % quantiles, and
 encoder_decoder_cosine_weighted = its mean weighted by firing rate
 max_decoder_cosine              = mean over latents of max_{j != i} cos(d_i, d_j); its reference is that of random
                                   directions of the same shape
@@ -45,13 +46,14 @@ class Geometry(Eval):
     def start(self, sae: SAE, facts: Facts) -> Tally:
         if getattr(sae, "W_dec", None) is None:
             raise Skip("it has no decoder directions")
-        return _Tally(self, sae)
+        return _Tally(self, sae, facts)
 
 
 @final
 class _Tally:
-    def __init__(self, geometry: Geometry, sae: SAE) -> None:
+    def __init__(self, geometry: Geometry, sae: SAE, facts: Facts) -> None:
         self.geometry, self.sae, self.n = geometry, sae, 0
+        self.one_space = facts.site == facts.target
         self.fires: Tensor | None = None
 
     def update(self, seen: Seen) -> None:
@@ -64,7 +66,9 @@ class _Tally:
         assert self.fires is not None, "no batch was seen"
         W_enc, W_dec = getattr(self.sae, "W_enc", None), self.sae.W_dec  # type: ignore[attr-defined]
         fires = self.fires.cpu().numpy().astype(np.float64)
-        scores = [] if W_enc is None else self._alignment(W_enc, W_dec, fires)
+        scores = []
+        if W_enc is not None and self.one_space:
+            scores = self._alignment(W_enc, W_dec, fires)
         nearest = _nearest_cosine(W_dec, self.geometry.sample)
         reference = float(np.mean(_nearest_cosine(_random_like(W_dec), _ROWS_FOR_REFERENCE)))
         one = np.ones(len(nearest))

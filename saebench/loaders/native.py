@@ -1,7 +1,8 @@
 """The format of this project: a folder with `sae.safetensors` and `sae.json`.
 
-`sae.json` names the architecture (a module of `saes/`) with its arguments, the site with the model and its
-revision, the SHA-256 of the weights file, and how the SAE was trained. The weights take raw activations.
+`sae.json` names the architecture (a module of `saes/`) with its arguments, the site that it reads and the one that
+it predicts (the same, but for transcoders), the SHA-256 of the weights file, and how the SAE was trained: on which
+revision of which model, among others. The weights take raw activations.
 """
 
 import hashlib
@@ -15,13 +16,13 @@ from safetensors.torch import load
 
 from saebench import registry
 from saebench.errors import UserError
-from saebench.saes._dictionary import Dictionary
+from saebench.loaders._loaded import Loaded
 from saebench.types import Site
 
-FORMAT = 1
+FORMAT = 2
 
 
-def native(folder: Path) -> tuple[Dictionary, Site]:
+def native(folder: Path) -> Loaded:
     """Loads and checks a checkpoint. Raises `UserError` where a file is missing, foreign or damaged."""
     record = _record(folder)
     content = _read(folder / "sae.safetensors")
@@ -44,7 +45,7 @@ def native(folder: Path) -> tuple[Dictionary, Site]:
         raise UserError(f"{folder}: weights and sae.json do not fit together: {error}") from None
     if not all(bool(torch.isfinite(w).all()) for w in weights.values()):
         raise UserError(f"{folder}: some weights are not finite numbers")
-    return sae, Site(**record["site"])
+    return Loaded(sae, Site(**record["site"]), Site(**record["target"]))
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def _record(folder: Path) -> dict[str, Any]:
         record = json.loads(_read(folder / "sae.json"))
     except ValueError as error:
         raise UserError(f"{folder / 'sae.json'} is not valid JSON: {error}") from None
-    needed = {"format", "architecture", "arguments", "site", "checksum"}
+    needed = {"format", "architecture", "arguments", "site", "target", "checksum"}
     if not isinstance(record, dict) or not needed <= record.keys():
         raise UserError(f"{folder / 'sae.json'} lacks one of the keys {', '.join(sorted(needed))}")
     if record["format"] != FORMAT:

@@ -1,6 +1,7 @@
 """The weights, the affine decoder and the sparse code that every architecture here shares."""
 
 from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,29 +11,59 @@ from saebench import sparse
 from saebench.types import SparseCode
 
 
+class Scaling(NamedTuple):
+    """Activations are trained on as (x - mean) / scale."""
+
+    mean: Float[Tensor, " d"]
+    scale: float
+
+    def cpu(self) -> "Scaling":
+        return Scaling(self.mean.cpu(), self.scale)
+
+
 class Dictionary(nn.Module, ABC):
     """Subclasses are final and say one thing: how to encode. They take raw activations.
 
-    `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]`.
+    `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]`; where a transcoder has an affine path beside its
+    latents, `W_skip [d_in d_out]`: whoever decodes adds x W_skip. Those that find their codes without an encoder have
+    no `W_enc`.
     """
 
-    def __init__(self, d_in: int, d_sae: int) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        d_out: int | None = None,
+        skip: bool = False,
+        encoder: bool = True,
+    ) -> None:
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
-        self.W_enc = weight(d_in, d_sae)
-        self.W_dec = weight(d_sae, d_in)
-        self.b_dec = weight(d_in)
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if d_out is None else d_out
+        if encoder:
+            self.W_enc = weight(d_in, d_sae)
+        self.W_dec = weight(d_sae, self.d_out)
+        self.b_dec = weight(self.d_out)
+        self.W_skip = weight(d_in, self.d_out) if skip else None
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]: ...
 
     @abstractmethod
-    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        """Turns an SAE of (x - mean) / scale into the same SAE of x, in place; latents come in units of x."""
+    def fold(self, read: Scaling, predicted: Scaling) -> None:
+        """Turns an SAE of scaled activations into the same SAE of raw ones, in place.
 
-    def arguments(self) -> dict[str, int]:
+        `read` is how its input was scaled, `predicted` how its target was: the same, but for transcoders. Decoder
+        directions keep their length where latents have a unit, which is then that of the target.
+        """
+
+    def arguments(self) -> dict[str, Any]:
         """What builds an SAE of the same shape."""
-        return {"d_in": self.d_in, "d_sae": self.d_sae}
+        return {
+            "d_in": self.d_in,
+            "d_sae": self.d_sae,
+            "d_out": self.d_out,
+            "skip": self.W_skip is not None,
+        }
 
     def decode(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_out"]:
         return z @ self.W_dec + self.b_dec
@@ -44,11 +75,19 @@ class Dictionary(nn.Module, ABC):
     def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_out"]:
         return sparse.decode(code, self.W_dec) + self.b_dec
 
-    def _fold_decoder(self, mean: Tensor, scale: float) -> None:
-        self.b_dec.mul_(scale).add_(mean)
+    def _fold_encoder(self, read: Scaling, predicted: Scaling) -> None:
+        """Pre-activations come in units of the target."""
+        self.W_enc.mul_(predicted.scale / read.scale)
 
-    def _fold_bias(self, bias: Tensor, mean: Tensor, scale: float) -> None:
-        bias.mul_(scale).sub_(mean @ self.W_enc)
+    def _fold_bias(self, bias: Tensor, read: Scaling, predicted: Scaling) -> None:
+        """After the encoder."""
+        bias.mul_(predicted.scale).sub_(read.mean @ self.W_enc)
+
+    def _fold_decoder(self, read: Scaling, predicted: Scaling) -> None:
+        self.b_dec.mul_(predicted.scale).add_(predicted.mean)
+        if self.W_skip is not None:
+            self.W_skip.mul_(predicted.scale / read.scale)
+            self.b_dec.sub_(read.mean @ self.W_skip)
 
 
 def weight(*shape: int) -> nn.Parameter:

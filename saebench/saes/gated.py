@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.saes._dictionary import Dictionary, weight
+from saebench.saes._dictionary import Dictionary, Scaling, weight
 
 
 @final
 class Gated(Dictionary):
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        super().__init__(d_in, d_sae)
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, skip: bool = False) -> None:
+        super().__init__(d_in, d_sae, d_out, skip)
         self.b_gate, self.b_mag, self.r_mag = (weight(d_sae) for _ in range(3))
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
@@ -25,7 +25,8 @@ class Gated(Dictionary):
         magnitude = (self.r_mag.exp() * pi + self.b_mag).relu()
         return torch.where(pi + self.b_gate > 0, magnitude, 0.0)
 
-    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        self._fold_bias(self.b_gate, mean, scale)
-        self.b_mag.mul_(scale).sub_(self.r_mag.exp() * (mean @ self.W_enc))
-        self._fold_decoder(mean, scale)
+    def fold(self, read: Scaling, predicted: Scaling) -> None:
+        self._fold_encoder(read, predicted)
+        self._fold_bias(self.b_gate, read, predicted)
+        self.b_mag.mul_(predicted.scale).sub_(self.r_mag.exp() * (read.mean @ self.W_enc))
+        self._fold_decoder(read, predicted)

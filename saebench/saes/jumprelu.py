@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.saes._dictionary import Dictionary, weight
+from saebench.saes._dictionary import Dictionary, Scaling, weight
 
 
 @final
 class JumpReLU(Dictionary):
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        super().__init__(d_in, d_sae)
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, skip: bool = False) -> None:
+        super().__init__(d_in, d_sae, d_out, skip)
         self.b_enc = weight(d_sae)
         self.threshold = weight(d_sae)
 
@@ -27,7 +27,8 @@ class JumpReLU(Dictionary):
         pre = torch.addmm(self.b_enc, x, self.W_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
 
-    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        self._fold_bias(self.b_enc, mean, scale)
-        self._fold_decoder(mean, scale)
-        self.threshold.mul_(scale)
+    def fold(self, read: Scaling, predicted: Scaling) -> None:
+        self._fold_encoder(read, predicted)
+        self._fold_bias(self.b_enc, read, predicted)
+        self._fold_decoder(read, predicted)
+        self.threshold.mul_(predicted.scale)

@@ -6,18 +6,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.saes._dictionary import Dictionary, weight
+from saebench.saes._dictionary import Dictionary, Scaling, weight
 
 
 @final
 class Linear(Dictionary):
-    def __init__(self, d_in: int, d_sae: int) -> None:
-        super().__init__(d_in, d_sae)
+    def __init__(self, d_in: int, d_sae: int, d_out: int | None = None, skip: bool = False) -> None:
+        super().__init__(d_in, d_sae, d_out, skip)
         self.b_enc = weight(d_sae)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         return torch.addmm(self.b_enc, x, self.W_enc)
 
-    def fold(self, mean: Float[Tensor, " d_in"], scale: float) -> None:
-        self._fold_bias(self.b_enc, mean, scale)
-        self._fold_decoder(mean, scale)
+    def fold(self, read: Scaling, predicted: Scaling) -> None:
+        self._fold_encoder(read, predicted)
+        self._fold_bias(self.b_enc, read, predicted)
+        self._fold_decoder(read, predicted)

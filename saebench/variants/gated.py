@@ -18,39 +18,35 @@ from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.gated import Gated as GatedSAE
 from saebench.variants._training import (
+    DictionaryTraining,
+    Lesson,
+    Penalised,
     PenaltyControl,
-    Positive,
-    Share,
     Task,
     Training,
-    Variant,
     squared_error,
 )
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class Gated(Variant):
-    penalty: Positive
-    """Coefficient c at the start; from there it is steered to the wanted L0."""
-    l0_descent: Share
-    """Share of the training tokens over which L0 is brought down to the wanted value."""
-
+class Gated(Penalised):
     def start(self, task: Task) -> Training:
         return _Training(self, task)
 
 
 @final
-class _Training(Training):
+class _Training(DictionaryTraining):
     """`b_enc` is the paper's b_gate."""
 
     def __init__(self, recipe: Gated, task: Task) -> None:
         super().__init__(task)
         self.r_mag = nn.Parameter(torch.zeros(task.width))
         self.b_mag = nn.Parameter(torch.zeros(task.width))
-        self.control = PenaltyControl(task, recipe.penalty, recipe.l0_descent)
+        self.control = PenaltyControl(task, recipe)
 
-    def loss(self, x: Tensor, progress: float) -> Tensor:
+    def loss(self, lesson: Lesson) -> Tensor:
+        x, target = lesson.x, lesson.target
         pre = self.pre(x)
         chosen = sparse.select(pre, pre > 0)
         gate = chosen.pre(x, self.encoder, self.b_enc)
@@ -58,14 +54,12 @@ class _Training(Training):
         magnitude = chosen.of_latent(self.r_mag.exp()) * pi + chosen.of_latent(self.b_mag)
         open_gate = gate.relu()
         f = magnitude.relu() * (gate > 0)
-        x_hat = chosen.decode(f, self.decoder) + self.b_dec
-        x_gate = chosen.decode(open_gate, self.decoder.detach()) + self.b_dec.detach()
-        self.control.update(chosen.l0(f), len(x), progress)
+        x_gate = chosen.decode(open_gate, self.decoder.detach()) + self.beside(x).detach()
+        self.control.update(chosen.l0(f), len(x), lesson.progress)
         penalty = self.control.coefficient() * open_gate.sum() / len(x)
-        return squared_error(x, x_hat) + penalty + squared_error(x, x_gate)
+        error = squared_error(target, self.predict(chosen, f, x))
+        return error + penalty + squared_error(target, x_gate)
 
     def export(self) -> Dictionary:
-        sae = GatedSAE(self.decoder.shape[1], self.decoder.shape[0])
         gates = {"b_gate": self.b_enc, "b_mag": self.b_mag, "r_mag": self.r_mag}
-        sae.load_state_dict(self.shared_weights() | gates)
-        return sae
+        return self.filled(GatedSAE, gates)

@@ -7,23 +7,31 @@ The jump has no useful gradient with respect to the threshold, so a rectangle of
 in (section 4): df/dthreshold = -threshold/bandwidth and dL0/dthreshold = -1/bandwidth where
 |pre - threshold| < bandwidth / 2. It is applied to the pre-activation, before the jump, so that both halves of the
 rectangle count; the threshold is learned itself, not its logarithm, which Adam would barely move.
+
+Option `tanh` (Anthropic, January 2025, https://transformer-circuits.pub/2025/january-update): the penalty is
+c sum_i tanh(tanh_scale f_i) with c steered to the wanted L0, the rectangle's gradient goes to the pre-activation
+too, and p sum_i relu(threshold_i - pre_i) pulls silent latents back.
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Annotated, Any, Literal, final
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.jumprelu import JumpReLU as JumpReLUSAE
 from saebench.variants._training import (
+    DictionaryTraining,
+    Lesson,
+    Penalised,
+    PenaltyControl,
     Positive,
     Share,
     Task,
     Training,
-    Variant,
     ramp,
     squared_error,
 )
@@ -31,58 +39,77 @@ from saebench.variants._training import (
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class JumpReLU(Variant):
+class JumpReLU(Penalised):
+    """`penalty` and `l0_descent` are for the option `tanh`, the quadratic loss has its own weight."""
+
     threshold: Positive
     """Of every latent at the start; activations have unit mean square."""
     bandwidth: Positive
+    sparsity_loss: Literal["quadratic", "tanh"]
     sparsity: Positive
     """Weight of the quadratic loss."""
     sparsity_warmup: Share
     """Share of the training tokens over which that weight rises from 0."""
+    tanh_scale: Positive
+    pre_activation: Annotated[float, Ge(0)]
+    """Coefficient p of the pull on silent latents, for `tanh`."""
 
     def start(self, task: Task) -> Training:
         return _Training(self, task)
 
 
 @final
-class _Training(Training):
+class _Training(DictionaryTraining):
     def __init__(self, recipe: JumpReLU, task: Task) -> None:
         super().__init__(task)
-        self.recipe, self.wanted = recipe, task.l0
+        self.recipe = recipe
         self.threshold = nn.Parameter(torch.full((task.width,), recipe.threshold))
         self.non_negative = [self.threshold]
+        self.control = PenaltyControl(task, recipe)
 
-    def loss(self, x: Tensor, progress: float) -> Tensor:
-        half = self.recipe.bandwidth / 2
-        dense = self.pre(x)
-        # Pairs below the jump but inside the rectangle are not active, yet move the threshold.
-        chosen = sparse.select(dense, dense > self.threshold.detach() - half)
-        pre = chosen.pre(x, self.encoder, self.b_enc)
+    def loss(self, lesson: Lesson) -> Tensor:
+        tanh = self.recipe.sparsity_loss == "tanh"
+        dense = self.pre(lesson.x)
+        if tanh and self.recipe.pre_activation > 0:
+            chosen: sparse.Selection = sparse.Everything(dense)  # silent latents have a say too
+        else:
+            # Pairs below the jump but inside the rectangle are not active, yet move the threshold.
+            near = dense > self.threshold.detach() - self.recipe.bandwidth / 2
+            chosen = sparse.select(dense, near)
+        pre = chosen.pre(lesson.x, self.encoder, self.b_enc)
         threshold = chosen.of_latent(self.threshold)
-        f, active = _Jump.apply(pre, threshold, self.recipe.bandwidth)
-        x_hat = chosen.decode(f, self.decoder) + self.b_dec
-        off_target = (active.sum() / len(x) / self.wanted - 1).square()
-        weight = self.recipe.sparsity * ramp(progress, self.recipe.sparsity_warmup)
-        total: Tensor = squared_error(x, x_hat) + weight * off_target
-        return total
+        f, active = _Jump.apply(pre, threshold, self.recipe.bandwidth, tanh)
+        error = squared_error(lesson.target, self.predict(chosen, f, lesson.x))
+        if not tanh:
+            return error + self._quadratic(active, lesson)
+        self.control.update(chosen.l0(f), len(lesson.x), lesson.progress)
+        return error + self._tanh(f, threshold - pre, len(lesson.x))
+
+    def _quadratic(self, active: Tensor, lesson: Lesson) -> Tensor:
+        weight = self.recipe.sparsity * ramp(lesson.progress, self.recipe.sparsity_warmup)
+        off_target: Tensor = (active.sum() / len(lesson.x) / self.wanted - 1).square()
+        return weight * off_target
+
+    def _tanh(self, f: Tensor, below: Tensor, n: int) -> Tensor:
+        penalty = self.control.coefficient() * (self.recipe.tanh_scale * f).tanh().sum()
+        return (penalty + self.recipe.pre_activation * below.relu().sum()) / n
 
     def export(self) -> Dictionary:
-        sae = JumpReLUSAE(self.decoder.shape[1], self.decoder.shape[0])
-        sae.load_state_dict(
-            self.shared_weights() | {"b_enc": self.b_enc, "threshold": self.threshold}
-        )
-        return sae
+        return self.filled(JumpReLUSAE, {"b_enc": self.b_enc, "threshold": self.threshold})
 
 
 class _Jump(torch.autograd.Function):
-    """(pre, threshold) -> (pre [pre > threshold], [pre > threshold]) with the straight-through gradients."""
+    """(pre, threshold) -> (pre [pre > threshold], [pre > threshold]) with the straight-through gradients.
+
+    With `to_input`, the rectangle's gradient goes to pre as well, with the other sign.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float
+        ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, to_input: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
         active = (pre > threshold).to(pre.dtype)
         return pre * active, active
 
@@ -92,6 +119,9 @@ class _Jump(torch.autograd.Function):
         pre, threshold = ctx.saved_tensors
         inside = (pre - threshold).abs() < ctx.bandwidth / 2
         to_threshold = -(threshold * grad_f + grad_active) / ctx.bandwidth * inside
+        to_pre = grad_f * (pre > threshold)
+        if ctx.to_input:
+            to_pre = to_pre - to_threshold
         while to_threshold.ndim > threshold.ndim:
             to_threshold = to_threshold.sum(0)
-        return grad_f * (pre > threshold), to_threshold, None
+        return to_pre, to_threshold, None, None
