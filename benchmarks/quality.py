@@ -50,7 +50,7 @@ PENALTIES = {
 """Of the peer's trainers; dictionary_learning_demo's grids, widened until they hold the L0s wanted here."""
 L0S = (8, 16, 32)
 MIDDLE = 16
-LRS = (3e-4, 1e-3, 2e-3, 4e-3)
+LRS = (3e-4, 1e-3, 3e-3)
 METRICS = ("explained_variance", "loss_recovered")
 REACH = 0.1
 """How far, in L0, the peer's runs may lie from ours where none of them lies beyond."""

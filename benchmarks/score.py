@@ -101,6 +101,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--layer", type=int, default=2, help="SAEs read resid_post of this layer")
     parser.add_argument("--tokens", type=int, default=123_000)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wide", action="store_true", help=f"also an SAE {WIDE:,} latents wide")
     parser.add_argument("--wide-tokens", type=int, default=16_000)
@@ -130,7 +131,7 @@ def _all_cases(asked: argparse.Namespace) -> None:
 
 
 def _cases(asked: argparse.Namespace, folder: str) -> Iterator[Case]:
-    for width in WIDTHS:
+    for width in asked.widths:
         names = _child(asked, folder, "--make", json.dumps([folder, width, len(L0S)]))
         yield Case(f"1 of {width:,}", width, names[:1], asked.tokens)
         yield Case(f"{len(names)} of {width:,}", width, names, asked.tokens)
@@ -140,7 +141,9 @@ def _cases(asked: argparse.Namespace, folder: str) -> Iterator[Case]:
 
 
 def _run_case(asked: argparse.Namespace, case: Case, folder: str) -> tuple[Case, Measured]:
-    return case, Measured(**_child(asked, folder, "--case", json.dumps(case)))
+    measured = Measured(**_child(asked, folder, "--case", json.dumps(case)))
+    print(f"{case.name}: {measured}", file=sys.stderr, flush=True)
+    return case, measured
 
 
 def _child(asked: argparse.Namespace, folder: str, *what: str) -> Any:
@@ -161,7 +164,7 @@ def _run_peers(asked: argparse.Namespace, folder: str) -> Any:
         "layer": asked.layer,
         "context": asked.context,
         "sequences": asked.tokens // asked.context,
-        "saes": {width: [str(Path(folder) / f"jumprelu-w{width}-l24")] for width in WIDTHS},
+        "saes": {width: [str(Path(folder) / f"jumprelu-w{width}-l24")] for width in asked.widths},
         "packages": PEER_PACKAGES,
     }
     script = Path(__file__).parent / "_peer_score.py"
@@ -218,6 +221,7 @@ def _definition(
             "train_tokens": 32_768,
             "eval_tokens": tokens,
             "eval_share": 0.8,
+            "train_passes": 100,
         },
         "training": {"batch_tokens": 2048, "buffer_tokens": 32_768},
         "saes": saes,
@@ -256,7 +260,7 @@ def _write(folder: Path, sae: Dictionary, run: TrainRun) -> str:
 @torch.no_grad()
 def _architectures(x: Float[Tensor, "n d"], width: int, l0: int) -> dict[str, Dictionary]:
     """One SAE of random directions in four architectures; ReLU's and gated's threshold is in the bias."""
-    planned = Planned("", width, l0)
+    planned = Planned("", width, float(l0))
     jumprelu = Random(seed=l0).build(planned, Material(x, lambda _: JumpReLU(1, 1)))
     assert isinstance(jumprelu, JumpReLU), "the random control is a JumpReLU SAE"
     d_in = jumprelu.d_in

@@ -251,6 +251,7 @@ def _run(suite: Suite, lm: LanguageModel, sae: TrainedSAE) -> TrainRun:
         suite.text.train_tokens,
         suite.training.batch_tokens,
         suite.training.buffer_tokens,
+        suite.training.dtype,
         parent=None if parent is None else _run(suite, lm, parent),
     )
 

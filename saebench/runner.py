@@ -159,6 +159,7 @@ class Workbench:
             self.suite.text.train_tokens,
             self.suite.training.batch_tokens,
             self.suite.training.buffer_tokens,
+            self.suite.training.dtype,
             parent=None if parent is None else self._train_run(parent),
         )
 

@@ -256,7 +256,7 @@ class _DensePre(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return None, grad.T @ x, grad.sum(0), None
+        return None, grad.T @ x.to(grad.dtype), grad.sum(0), None
 
 
 class _PairsPre(torch.autograd.Function):

@@ -181,6 +181,9 @@ class TrainingOptions(_Strict):
     batch_tokens: PositiveInt = 2048
     buffer_tokens: PositiveInt = 131_072
     """Activations that are shuffled together: a whole number of batches."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the batches, and so of the encoder product, which is the only dense one; weights, gradients and the optimiser
+    are in float32. bfloat16 is for processors that have it in hardware."""
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "TrainingOptions":
@@ -381,9 +384,10 @@ class Suite(_Strict):
         """The SAE that this one starts from."""
         if sae.of is None:
             return None
-        shape = (sae.of, sae.width, sae.l0, sae.seed, sae.site)
+        shape = (sae.of, sae.width, sae.l0, sae.seed, sae.site, sae.target)
         for other in self.trained():
-            if (other.variant, other.width, other.l0, other.seed, other.site) == shape:
+            found = (other.variant, other.width, other.l0, other.seed, other.site, other.target)
+            if found == shape and other.of is None:
                 return other
         raise UserError(
             f"{sae.name} starts from a {sae.of} SAE of width {sae.width}, l0 {sae.l0:g} and seed {sae.seed}, "

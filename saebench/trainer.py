@@ -91,6 +91,8 @@ class TrainRun:
     tokens: int
     batch_tokens: int
     buffer_tokens: int
+    dtype: str
+    """Of the batches."""
     parent: "TrainRun | None" = None
     """The SAE that it starts from."""
 
@@ -106,6 +108,7 @@ class TrainRun:
             "tokens": self.tokens,
             "batch_tokens": self.batch_tokens,
             "buffer_tokens": self.buffer_tokens,
+            "dtype": self.dtype,
             "variant": sae.variant,
             "recipe": dataclasses.asdict(sae.recipe),
             "width": sae.width,
@@ -188,8 +191,7 @@ class Stream:
         skipped = max(0, first_step - number * self.steps_per_block)
         for picked in order.split(self.batch_tokens)[skipped:]:
             yield {
-                site: (x[picked.to(x.device)] - statistics[site].mean) / statistics[site].scale
-                for site, x in block.items()
+                site: statistics[site].apply(x[picked.to(x.device)]) for site, x in block.items()
             }
 
     def sequences(
@@ -209,7 +211,7 @@ class Stream:
 
     def calibration(self, site: Site, n: int) -> Float[Tensor, "n d"]:
         """The first n tokens of the stream, as they are."""
-        return self._block(0)[site][:n]
+        return self._block(0)[site][:n].float()
 
     def _n_blocks(self) -> int:
         return math.ceil(self.steps / self.steps_per_block)
@@ -246,7 +248,7 @@ class Stream:
             kept = torch.from_numpy(~self.special[numbers])
             ids = torch.from_numpy(self.rows[numbers].astype(np.int64))
             for site, x in self.subject.read(self.sites, ids).items():
-                pieces[site].append(x[kept.to(x.device)].float())
+                pieces[site].append(x[kept.to(x.device)])
         return {site: torch.cat(p)[skipped : skipped + last - first] for site, p in pieces.items()}
 
 
@@ -317,6 +319,8 @@ class _Pupil:
         self.folder, self.device = run.folder(checkpoints), device
         self.training: Training = run.sae.recipe.start(self._task(checkpoints)).to(device)
         self.optimizer = optimizer_of(self.training, run.sae.recipe)
+        precise = run.sae.recipe.float32 or run.dtype == "float32"
+        self.dtype = torch.float32 if precise else torch.bfloat16
         self.state = self.folder / "training.pt"
         if self.state.exists():
             self._restore(device)
@@ -328,7 +332,8 @@ class _Pupil:
         if sae.recipe.end_to_end:
             lesson = self._whole_sequences(progress, generator)
         else:
-            lesson = Lesson(batch[sae.site], batch[sae.target], progress, generator, None)
+            x = batch[sae.site].to(self.dtype)
+            lesson = Lesson(x, batch[sae.target], progress, generator, None)
         learn(self.training, self.optimizer, sae.recipe, lesson, 1 / self.stream.steps)
         self.step += 1
 
@@ -355,7 +360,7 @@ class _Pupil:
     def _whole_sequences(self, progress: float, generator: torch.Generator) -> Lesson:
         sae, statistics = self.run.sae, self.stream.statistics()[self.run.sae.site]
         passage = self.stream.subject.passage(sae.site, *self.stream.sequences(self.step))
-        x = (passage.x - statistics.mean) / statistics.scale
+        x = statistics.apply(passage.x)
 
         def downstream(x_hat: Tensor, later: bool) -> Downstream:
             raw = x_hat * statistics.scale + statistics.mean
@@ -524,7 +529,7 @@ def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Scaling:
         raise UserError(
             f"the activations at {site} have a spread of {scale}; there is nothing to train on"
         )
-    return Scaling(mean.to(x.dtype), scale)
+    return Scaling(mean.float(), scale)
 
 
 def memory_for_training(device: str) -> float:

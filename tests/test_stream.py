@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from saebench import suite
 from saebench.errors import UserError
 from saebench.saes._dictionary import Scaling
 from saebench.suite import TrainedSAE
@@ -240,7 +242,7 @@ def run(width, site=SITE, target=None, parent=None):
         target=target or site,
         of=None,
     )
-    return TrainRun(sae, {"id": "toy"}, "text", 1000, 50, 500, parent)
+    return TrainRun(sae, {"id": "toy"}, "text", 1000, 50, 500, "float32", parent)
 
 
 def test_the_memory_of_training_is_counted_by_hand():
@@ -423,3 +425,33 @@ def test_the_optimiser_has_the_recipes_betas_and_every_parameter():
     (group,) = optimizer_of(training, recipe).param_groups
     assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
     assert len(group["params"]) == 6
+
+
+def test_the_model_may_read_ahead_and_the_batches_are_the_same():
+    with ThreadPoolExecutor(1) as thread:
+        for first in (0, 3, 7):
+            alone, ahead = (list(stream().batches(first, a)) for a in (None, thread))
+            assert len(alone) == len(ahead) > 0
+            for one, other in zip(alone, ahead, strict=True):
+                assert all(torch.equal(one[site], other[site]) for site in one)
+
+
+@pytest.mark.parametrize("variant", ["relu", "gated", "topk", "matryoshka", "jumprelu"])
+def test_batches_in_bfloat16_teach_nearly_the_same(variant):
+    """Pre-activations are rounded to 8 bits; weights, moments and the loss stay in float32."""
+    explained, tokens = [], 64 * 300
+    recipe = suite.recipe(variant, {"lr": 0.01})
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = toys.Learner(recipe, tokens=tokens)
+        for step, x in enumerate(toys.sparse_data(tokens).split(64)):
+            given = toys.lesson(recipe, x, 64 * step / tokens, seed=step)
+            given = given._replace(x=given.x.to(dtype))
+            learn(learner.training, learner.optimizer, recipe, given, 64 / tokens)
+        assert {p.dtype for p in learner.training.parameters()} == {torch.float32}
+        held_out = toys.sparse_data(1000, seed=1)
+        sae = learner.training.export()
+        error = held_out - sae.decode(sae.encode(held_out))
+        explained.append(1 - float(error.square().sum()) / 1000)
+    assert explained[0] > 0.5
+    assert explained[1] == pytest.approx(explained[0], abs=0.05)
+    assert explained[1] != explained[0]

@@ -517,6 +517,16 @@ def test_a_rescaled_sae_without_its_parent_in_the_suite_is_refused(tmp_path: Pat
     assert "a relu SAE of width 32, l0 4 and seed 0, which the suite does not train" in message
 
 
+@pytest.mark.parametrize("of", ["transcoder", "rescaled"])
+def test_a_parent_gives_back_what_it_reads_and_has_no_parent_itself(tmp_path: Path, of: str):
+    text = with_saes(
+        f"variant: transcoder, {SHAPE}, reads: 1.resid_post, predicts: 1.mlp_out",
+        f"variant: relu, {SHAPE}",
+        f"variant: rescaled, of: {of}, {SHAPE}",
+    )
+    assert f"starts from a {of} SAE" in refusal(tmp_path, text)
+
+
 def test_a_rescaled_sae_starts_from_the_one_of_its_shape_at_its_site(tmp_path):
     text = with_saes(
         "variant: rescaled, of: relu, width: 32, l0: [4, 8], seed: 1",

@@ -31,6 +31,7 @@ CASES = {name: (name, {}) for name in VARIANTS} | {
     "jumprelu, tanh": ("jumprelu", {"sparsity_loss": "tanh", "pre_activation": 0.3}),
     "jumprelu, tanh alone": ("jumprelu", {"sparsity_loss": "tanh", "pre_activation": 0.0}),
     "end_to_end, later layers": ("end_to_end", {"later": 0.7}),
+    "kl, relu": ("kl", {"hidden": "relu"}),
 }
 CASES |= {f"{t} of {a}": (t, {"activation": a}) for t, some in ACTIVATIONS.items() for a in some}
 
@@ -209,6 +210,28 @@ def end_to_end_reference(w, lesson, training, before):
     return x_hat, kl + training.recipe.later * later + penalty
 
 
+def kl_reference(w, lesson, training, before):
+    """The gradient of the divergence at the running means, half of which are the batch's own, goes to these whole."""
+    pre, tanh = relu(w.pre(lesson.x)), training.recipe.hidden == "tanh"
+    a = torch.tanh(pre) if tanh else pre
+    mean = (a if tanh else 1 - torch.exp(-a)).mean(0)
+    r = (before.mean_activation + mean.detach()) / 2 + mean - mean.detach()
+    p = 0.3 * 4 / 40
+    divergence = (p * torch.log(p / r) + (1 - p) * torch.log((1 - p) / (1 - r))).sum()
+    x_hat = w.predict(a * (top_of_batch(w, lesson) > 0), lesson.x)
+    return x_hat, squared_error(lesson.target, x_hat) + 0.01 * divergence
+
+
+def variational_reference(w, lesson, training, before):
+    mu = top_of_batch(w, lesson)
+    eps, sigma = torch.zeros_like(mu), torch.exp(w.log_sigma).expand_as(mu)
+    generator = torch.Generator().manual_seed(0)
+    eps[mu > 0] = torch.randn(4 * len(mu), generator=generator, dtype=mu.dtype)
+    _, loss = with_auxk(w, lesson, mu + sigma * eps, training, before)
+    divergence = ((mu**2 + sigma**2) / 2 - 0.5 - torch.log(sigma)) * (mu > 0)
+    return w.predict(mu, lesson.x), loss + 0.003 * divergence.sum() / len(mu)
+
+
 REFERENCE = {
     "relu": relu_reference,
     "relu_april": relu_april_reference,
@@ -221,6 +244,8 @@ REFERENCE = {
     "jumprelu": jumprelu_reference,
     "rescaled": rescaled_reference,
     "end_to_end": end_to_end_reference,
+    "kl": kl_reference,
+    "variational": variational_reference,
 }
 CHANGES = {"jumprelu": {"bandwidth": 0.4, "threshold": 0.3}, "relu": {"penalty": 0.2}}
 D, WIDTH, N = 8, 40, 64
@@ -251,9 +276,11 @@ def data(dtype=torch.float64, n=N):
     return torch.randn(n, D, generator=torch.Generator().manual_seed(3)).to(dtype) / math.sqrt(D)
 
 
-def lesson(case, dtype=torch.float64, progress=0.9):
+def lesson(case, dtype=torch.float64, progress=None):
     """What is read differs from the target for every variant."""
     x = data(dtype)
+    if progress is None:
+        progress = 0.5 if case == "topk, k still falling" else 0.9
     noise = torch.randn(N, D, generator=torch.Generator().manual_seed(4)).to(dtype)
     return toys.lesson(recipe(case), x, progress)._replace(x=x + 0.1 * noise)
 
@@ -287,7 +314,8 @@ def test_loss_and_gradients_are_those_of_the_formula(case, share, dtype, near, m
 
 def test_the_exported_sae_reconstructs_as_in_training(case):
     training = generic(case, torch.float32)
-    before, batched = copy.deepcopy(training), hasattr(training, "top")
+    before = copy.deepcopy(training)
+    batched = hasattr(training, "top") or loss_of(case) == "kl"
     given = lesson(case, torch.float32, progress=0.0 if batched else 1.0)
     training.loss(given)
     x_hat, _ = REFERENCE[loss_of(case)](Parts(training), given, training, before)
@@ -295,6 +323,7 @@ def test_the_exported_sae_reconstructs_as_in_training(case):
     if batched:  # the smallest value that training kept is the threshold: not above it
         assert int((sae.encode(x) != 0).sum()) == 4 * N - 1
         smallest = before.pre(x).flatten().sort(descending=True).values[4 * N - 1]
+        smallest = torch.tanh(smallest) if case == "kl" else smallest  # of activations
         assert torch.equal(sae.threshold, smallest.expand(WIDTH))
         sae.threshold.sub_(1e-6)
     found = sae.decode(sae.encode(x))

@@ -181,7 +181,7 @@ def values(*args: Any, **kwargs: Any) -> dict[str, float]:
     }
 
 
-SAMPLE = {int: 4, float: 0.1}
+SAMPLE = {int: 4, float: 0.1, str: "tanh"}
 """A legal value for any extra argument of an architecture."""
 
 

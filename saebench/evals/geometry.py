@@ -75,7 +75,7 @@ class _Tally:
         return [*scores, Score("max_decoder_cosine", nearest, one, len(nearest), reference)]
 
     def _alignment(self, W_enc: Tensor, W_dec: Tensor, fires: np.ndarray) -> list[Score]:
-        cosine = torch.cosine_similarity(W_enc.T.double(), W_dec.double(), dim=-1).cpu().numpy()
+        cosine = _cosine_of_pairs(W_enc, W_dec)
         live = (fires > 0).astype(np.float64)
         if not live.any():
             return []
@@ -84,6 +84,16 @@ class _Tally:
         quantiles = [Score(name + end, cosine, live, n) for end in ("", "_q05", "_q95")]
         weighted = Score(name + "_weighted", cosine * fires / self.n, fires / self.n, n)
         return [*quantiles, weighted]
+
+
+def _cosine_of_pairs(
+    W_enc: Float[Tensor, "d d_sae"], W_dec: Float[Tensor, "d_sae d"]
+) -> np.ndarray:
+    """In float64, some latents at a time: whole matrices of doubles would be most of the memory of a wide SAE."""
+    size = max(1, _CHUNK // (8 * W_dec.shape[1]))
+    pairs = zip(W_enc.T.split(size), W_dec.split(size), strict=True)
+    cosines = [torch.cosine_similarity(a.double(), b.double(), dim=-1) for a, b in pairs]
+    return torch.cat(cosines).cpu().numpy()
 
 
 def _nearest_cosine(W_dec: Float[Tensor, "d_sae d"], sample: int) -> np.ndarray:

@@ -17,6 +17,10 @@ class Scaling(NamedTuple):
     mean: Float[Tensor, " d"]
     scale: float
 
+    def apply(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+        """In float32."""
+        return (x.float() - self.mean) / self.scale
+
     def cpu(self) -> "Scaling":
         return Scaling(self.mean.cpu(), self.scale)
 

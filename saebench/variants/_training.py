@@ -56,7 +56,7 @@ class Lesson(NamedTuple):
     """One batch to learn from."""
 
     x: Float[Tensor, "n d_in"]
-    """What the SAE reads: corrupted, where the recipe asks for that."""
+    """What the SAE reads, in float32 or bfloat16: corrupted, where the recipe asks for that."""
     target: Float[Tensor, "n d_out"]
     """What it shall give: the clean `x`, but for transcoders."""
     progress: float
@@ -78,6 +78,9 @@ class Variant(ABC):
     """Whether it starts from a trained SAE, named by the entry's `of`."""
     target: ClassVar[Literal["same", "any", "other"]] = "any"
     """Whether it predicts the site that it reads, another, or either."""
+
+    float32: ClassVar[bool] = False
+    """Whether what the SAE reads stays in float32 where a suite asks for batches in bfloat16."""
 
     lr: Positive
     """Peak learning rate of Adam."""
@@ -155,8 +158,12 @@ class DictionaryTraining(Training, ABC):
 
     @torch.no_grad()
     def pre(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
-        """The one dense product of a step. Its gradients are taken at the chosen latents alone."""
-        return torch.addmm(self.b_enc, x, self.encoder.T)
+        """The one dense product of a step, in the precision of x, and its sum in float32. Gradients are taken at the
+        chosen latents alone.
+        """
+        if x.dtype == self.encoder.dtype:
+            return torch.addmm(self.b_enc, x, self.encoder.T)
+        return self.b_enc + x @ self.encoder.T.to(x.dtype)
 
     def predict(
         self, chosen: sparse.Selection, f: Tensor, x: Float[Tensor, "n d_in"]
@@ -165,7 +172,9 @@ class DictionaryTraining(Training, ABC):
 
     def beside(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "*n d_out"]:
         """What the prediction has besides latents."""
-        return self.b_dec if self.W_skip is None else torch.addmm(self.b_dec, x, self.W_skip)
+        if self.W_skip is None:
+            return self.b_dec
+        return torch.addmm(self.b_dec, x.to(self.W_skip.dtype), self.W_skip)
 
     @torch.no_grad()
     def after_backward(self) -> None:

@@ -14,7 +14,7 @@ too, and p sum_i relu(threshold_i - pre_i) pulls silent latents back.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from annotated_types import Ge
@@ -41,6 +41,8 @@ from saebench.variants._training import (
 @dataclass(frozen=True, kw_only=True)
 class JumpReLU(Penalised):
     """`penalty` and `l0_descent` are for the option `tanh`, the quadratic loss has its own weight."""
+
+    float32: ClassVar[bool] = True  # which side of its threshold a latent is on
 
     threshold: Positive
     """Of every latent at the start; activations have unit mean square."""

@@ -90,7 +90,7 @@ class _Training(DictionaryTraining):
         drawn = torch.multinomial(weights, n_dead, replacement=True, generator=lesson.generator)
         norm = torch.linalg.vector_norm(self.encoder[~dead], dim=-1).mean()
         self.decoder[dead] = _units(lesson.target[drawn] - self.b_dec)
-        self.encoder[dead] = _ENCODER_SHARE * norm * _units(lesson.x[drawn])
+        self.encoder[dead] = _ENCODER_SHARE * norm * _units(lesson.x[drawn].float())
         self.b_enc[dead] = 0.0
         for parameter in (self.encoder, self.decoder, self.b_enc):
             for name in ("exp_avg", "exp_avg_sq"):
