@@ -42,12 +42,13 @@ VARIANTS = (
     "jumprelu",
 )
 PENALTIES = {
-    "relu": (0.02, 0.04, 0.08, 0.16, 0.32),
-    "relu_april": (0.02, 0.04, 0.08, 0.16, 0.32),
-    "gated": (0.02, 0.04, 0.08, 0.16, 0.32),
-    "p_anneal": (0.006, 0.012, 0.025, 0.05, 0.1),
+    "relu": (0.1, 0.17, 0.28, 0.4, 0.55),
+    "relu_april": (0.2, 0.35, 0.6, 1.0, 1.6),
+    "gated": (0.15, 0.3, 0.6, 1.2, 2.4),
+    "p_anneal": (0.07, 0.12, 0.18, 0.26, 0.36),
 }
-"""Of the peer's trainers; dictionary_learning_demo's grids, widened until they hold the L0s wanted here."""
+"""Of the peer's trainers. Those of dictionary_learning_demo (0.006 to 0.08, for models of 512 dimensions and more)
+leave an L0 of 50 and more at 64 dimensions; these hold the L0s wanted here."""
 L0S = (8, 16, 32)
 MIDDLE = 16
 LRS = (3e-4, 1e-3, 3e-3)

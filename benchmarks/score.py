@@ -133,7 +133,8 @@ def _all_cases(asked: argparse.Namespace) -> None:
 def _cases(asked: argparse.Namespace, folder: str) -> Iterator[Case]:
     for width in asked.widths:
         names = _child(asked, folder, "--make", json.dumps([folder, width, len(L0S)]))
-        yield Case(f"1 of {width:,}", width, names[:1], asked.tokens)
+        few = names[: len(names) // len(L0S)]
+        yield Case(f"{len(few)} of {width:,}", width, few, asked.tokens)
         yield Case(f"{len(names)} of {width:,}", width, names, asked.tokens)
     if asked.wide:
         names = _child(asked, folder, "--make", json.dumps([folder, WIDE, 0]))
@@ -174,7 +175,6 @@ def _run_peers(asked: argparse.Namespace, folder: str) -> Any:
 def _row(case: Case, measured: Measured, peer: float | None) -> dict[str, Any]:
     each = typical(measured.score) / len(case.saes)
     floor = typical(measured.floor)
-    several = len(case.saes) > 1
     return {
         "SAEs": case.name,
         "tokens": measured.tokens,
@@ -182,8 +182,8 @@ def _row(case: Case, measured: Measured, peer: float | None) -> dict[str, Any]:
         "each, s": each,
         "floor, s": floor,
         "each / floor": each / floor,
-        "peer's core eval, s": peer if several else None,
-        "each / peer": each / peer if peer and several else None,
+        "peer's core eval, s": peer,
+        "each / peer": None if peer is None else each / peer,
         "peak memory, MB": round(measured.peak_bytes / 1e6),
     }
 
@@ -192,7 +192,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         name, of_peer = row["SAEs"], row["each / peer"]
-        if not name.startswith("1 of"):
+        if name != f"1 of {WIDE:,}":
             lines.append(
                 _verdict(f"{name}: times the floor", row["each / floor"], MOST_TIMES_FLOOR)
             )

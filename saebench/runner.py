@@ -179,12 +179,12 @@ class Workbench:
             raise UserError(
                 f"{given.name} was trained at {_where(site, target)}; the suite looks at {places}"
             )
-        width = self.subject.width(site)
-        if sae.d_in != width:
-            raise UserError(
-                f"{given.name} reads activations of {sae.d_in} dimensions; those at {site} of "
-                f"{self.subject.identity['id']} have {width}. Was it trained on another model?"
-            )
+        for at, d, does in ((site, sae.d_in, "reads"), (target, sae.d_out, "predicts")):
+            if d != (width := self.subject.width(at)):
+                raise UserError(
+                    f"{given.name} {does} activations of {d} dimensions; those at {at} of "
+                    f"{self.subject.identity['id']} have {width}. Was it trained on another model?"
+                )
         entry = Entry("checkpoint", given.format, sae.d_sae, None, None, _where(site, target))
         return Candidate(given.name, entry, site, target, weights_checksum(sae), lambda: sae)
 
@@ -510,7 +510,7 @@ def _predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[
 
 def _where(site: Site, target: Site) -> str:
     """What an SAE reads and, where that is another site, what it predicts."""
-    return str(site) if site == target else f"{site} -> {target}"
+    return str(site) if site == target else f"{site} to {target}"
 
 
 def _on_device(sae: SAE, device: str) -> SAE:

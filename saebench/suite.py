@@ -237,7 +237,7 @@ class Trained(_Strict):
         for name, choices in (self.model_extra or {}).items():
             if choices == []:
                 raise _Wrong(f"{name} is an empty list; give at least one value", name)
-        for overrides in _sweep(self.model_extra or {}):
+        for overrides in _sweep(self.variant, self.model_extra or {}):
             filled = recipe(self.variant, overrides)
             for width, l0 in itertools.product(self.width, self.l0):
                 try:
@@ -489,8 +489,8 @@ def json_schema() -> dict[str, Any]:
 
 def _expand(entry: Trained, site: Site) -> Iterator[TrainedSAE]:
     options = entry.model_extra or {}
-    swept = [name for name, choices in options.items() if isinstance(choices, list)]
-    for overrides in _sweep(options):
+    swept = [name for name, value in options.items() if _is_sweep(entry.variant, name, value)]
+    for overrides in _sweep(entry.variant, options):
         filled = recipe(entry.variant, overrides)
         suffix = "".join(f"-{name}{_short(_field(filled, name))}" for name in swept)
         for width, l0, seed in itertools.product(entry.width, entry.l0, entry.seed):
@@ -520,9 +520,15 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _sweep(options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every combination of the options, where a list is a choice."""
-    choices = [_as_list(value) for value in options.values()]
+def _is_sweep(variant: str, name: str, value: Any) -> bool:
+    """A list is a choice of values; for a field that is a list itself, a list of lists is."""
+    one_value = isinstance(_baseline(variant).get(name), list)
+    return isinstance(value, list) and not (one_value and not isinstance(value[0], list))
+
+
+def _sweep(variant: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the options."""
+    choices = [v if _is_sweep(variant, n, v) else [v] for n, v in options.items()]
     return [dict(zip(options, values, strict=True)) for values in itertools.product(*choices)]
 
 

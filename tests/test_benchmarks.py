@@ -48,11 +48,11 @@ def test_saes_are_scored_beside_their_floor(
         return read(tmp_path / "answer.json")
 
     monkeypatch.setattr(score, "_child", child)
-    monkeypatch.setattr(score, "L0S", (16,))
+    monkeypatch.setattr(score, "L0S", (16, 24))
     sizes = ["--tokens", "400", "--rounds", "1", "--widths", "64"]
     started(monkeypatch, "score", *about(world), *sizes, "--out", tmp_path)
     content = read(tmp_path / "score.json")
-    assert [row["SAEs"] for row in content["rows"]] == ["1 of 64", "4 of 64"]
+    assert [row["SAEs"] for row in content["rows"]] == ["4 of 64", "8 of 64"]
     for row in content["rows"]:
         assert row["each, s"] > 0 and row["floor, s"] > 0
         assert row["each / floor"] == pytest.approx(row["each, s"] / row["floor, s"])

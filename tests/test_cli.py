@@ -70,7 +70,14 @@ def test_the_help_names_every_command(saebench: Run):
 def test_list_names_what_a_suite_can_name(saebench: Run, kind: str):
     ended = saebench("list", kind)
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out.split() == registry.names(kind)
+    named = [line.split()[0] for line in ended.out.partition("\n\n")[0].splitlines()]
+    assert named == registry.names(kind)
+
+
+def test_listed_plugins_say_what_they_are_and_variants_what_all_of_them_take(saebench: Run):
+    listed = saebench("list", "variants").out
+    assert "TopK SAE with the AuxK loss" in listed
+    assert "input_noise" in listed
 
 
 def test_list_names_variants_and_evals(saebench: Run):

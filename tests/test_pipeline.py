@@ -2,6 +2,7 @@
 
 import errno
 import fnmatch
+import hashlib
 import io
 import json
 import os
@@ -18,11 +19,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import save
 
-from saebench import cli, results, runner, suite, trainer
+from saebench import cli, registry, results, runner, suite, trainer
 from saebench.evals.sparsity import Sparsity
+from saebench.saes.relu import ReLU
 from saebench.suite import Plugin
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Tally
+from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Site, Tally
 from tests.conftest import EVALS, VARIANTS, Finished, Place, Run, World, WriteSuite
 
 TRAINED = [f"{variant}-w32-l4-s0" for variant in VARIANTS]
@@ -179,6 +182,38 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(finished: Finished,
     assert leftovers(place) == []
 
 
+def every_variant() -> list[dict[str, Any]]:
+    """An entry for each; transcoders and what starts from another SAE have what they need."""
+    places = {"reads": "1.mlp_in", "predicts": "1.mlp_out"}
+    entries = []
+    for name in registry.names("variants"):
+        variant = registry.get("variants", name)
+        entry = {"variant": name, "width": 32, "l0": 4, "lr": 0.01}
+        entry |= places if variant.target == "other" else {}
+        entry |= {"of": "relu"} if variant.from_parent else {}
+        entries.append(entry)
+    return entries
+
+
+@pytest.mark.slow
+def test_every_variant_is_killed_and_continued_to_the_same_bits(
+    run: Run, write_suite: WriteSuite, place: Place
+):
+    suite_file = write_suite(saes=every_variant(), evals=["sparsity"], controls=[], reports=[])
+    assert run(suite_file).code == 0
+    undisturbed = place.weights()
+    assert len(undisturbed) == len(registry.names("variants"))
+    shutil.rmtree(place.checkpoints)
+    # In the first stage, where all but `rescaled` learn side by side, and in its own.
+    first = len(undisturbed) - 1
+    for number in (first * 30 + 3, first * 25 + 10):
+        ended = start_dying(place, suite_file, f"SIGKILL:learn:{number}")
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert run(suite_file).code == 0
+    assert place.weights() == undisturbed
+    assert leftovers(place) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(3, 100, 6))
 def test_a_run_killed_while_it_writes_anything_ends_as_if_undisturbed(
@@ -195,11 +230,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C at this step of training, with the state saved after the first."""
     learn = trainer._Pupil.learn
 
-    def interrupted(self: trainer._Pupil, x: torch.Tensor, progress: float) -> None:
+    def interrupted(self: trainer._Pupil, batch: dict[Site, torch.Tensor]) -> None:
         if self.step == step:
             # What Python makes of Ctrl-C; a real signal is lost where a parent ignores SIGINT.
             raise KeyboardInterrupt
-        learn(self, x, progress)
+        learn(self, batch)
 
     monkeypatch.setattr(trainer, "SECONDS_BETWEEN_SAVES", -1.0)
     monkeypatch.setattr(trainer._Pupil, "learn", interrupted)
@@ -351,6 +386,48 @@ def test_a_checkpoint_scores_as_the_sae_that_it_is(
     assert str(place.folder) not in (place.results() / "suite.json").read_text()
 
 
+def write_transcoder(folder: Path, d: int, b_dec: torch.Tensor) -> None:
+    """Without latents that fire: it predicts b_dec, whatever it reads."""
+    sae = ReLU(d, 8, d)
+    sae.b_enc.fill_(-1.0)
+    sae.b_dec.copy_(b_dec)
+    content = save(dict(sae.state_dict()))
+    folder.mkdir()
+    (folder / "sae.safetensors").write_bytes(content)
+    record = {
+        "format": 2,
+        "architecture": "relu",
+        "arguments": sae.arguments(),
+        "site": {"stream": "mlp_in", "layer": 1},
+        "target": {"stream": "mlp_out", "layer": 1},
+        "checksum": hashlib.sha256(content).hexdigest(),
+    }
+    (folder / "sae.json").write_text(json.dumps(record))
+
+
+def test_a_transcoder_is_scored_by_replacing_what_it_predicts(
+    run: Run, write_suite: WriteSuite, place: Place
+):
+    write_transcoder(place.folder / "nothing", 16, torch.zeros(16))
+    given = {"checkpoint": "nothing", "format": "native", "name": "nothing"}
+    transcoder = {"variant": "transcoder", "width": 32, "l0": 4, "lr": 0.01}
+    transcoder |= {"reads": "1.mlp_in", "predicts": "1.mlp_out"}
+    skipping = transcoder | {"variant": "skip_transcoder"}
+    evals = ["reconstruction", "fidelity", "geometry", "shrinkage"]
+    assert run(write_suite(saes=[transcoder, skipping, given], evals=evals)).code == 0
+    recovered, explained = values(place, "loss_recovered"), values(place, "explained_variance")
+    # Predicting zeros is zero ablation of the MLP's output, to the bit.
+    assert values(place, "ce_loss_sae")["nothing"] == values(place, "ce_loss_zero")["nothing"]
+    assert recovered["nothing"] == 0
+    assert explained["nothing"] <= 0  # zeros explain less than the mean does
+    for name in ("transcoder-w32-l4-s0", "skip_transcoder-w32-l4-s0"):
+        assert explained[name] > 0.2
+    assert explained["skip_transcoder-w32-l4-s0"] > explained["transcoder-w32-l4-s0"]
+    assert "transcoder-w32-l4-s0" not in values(place, "encoder_decoder_cosine")
+    board = (place.results() / "leaderboard.md").read_text()
+    assert "1.mlp_in to 1.mlp_out" in board
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
@@ -390,7 +467,7 @@ def test_a_checkpoint_of_another_width_is_refused(
     mine = place.folder / "mine"
     shutil.copytree(folder, mine)
     record = json.loads((mine / "sae.json").read_text())
-    record["site"] = {"stream": "mlp_hidden", "layer": 1}
+    record["site"] = record["target"] = {"stream": "mlp_hidden", "layer": 1}
     (mine / "sae.json").write_text(json.dumps(record))
     given = {"checkpoint": "mine", "format": "native", "name": "mine"}
     ended = run(write_suite(saes=[given], sites=[{"layer": 1, "stream": "mlp_hidden"}]))

@@ -440,7 +440,7 @@ BAD_RECIPES = {
         ["[0.5, 0.25, 1.0]", "ascending"],
     ),
     "prefixes that do not end with all": (
-        f"variant: matryoshka, {SHAPE}, prefixes: [[0.25, 0.5]]",
+        f"variant: matryoshka, {SHAPE}, prefixes: [0.25, 0.5]",
         "",
         ["[0.25, 0.5]", "end with 1"],
     ),
@@ -597,6 +597,10 @@ def test_several_sites_of_a_suite_do_not_multiply_its_transcoders(tmp_path):
                 "matryoshka-w32-l4-s0-random_prefixesFalse",
                 "matryoshka-w32-l4-s0-random_prefixesTrue",
             ],
+        ),
+        "one list, which is one value": (
+            f"variant: matryoshka, {SHAPE}, prefixes: [0.25, 1.0]",
+            ["matryoshka-w32-l4-s0"],
         ),
         "lists": (
             f"variant: matryoshka, {SHAPE}, prefixes: [[0.25, 1.0], [0.5, 1.0]]",
