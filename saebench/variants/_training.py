@@ -165,6 +165,12 @@ class DictionaryTraining(Training, ABC):
             return torch.addmm(self.b_enc, x, self.encoder.T)
         return self.b_enc + x @ self.encoder.T.to(x.dtype)
 
+    def rectified(self, x: Float[Tensor, "n d_in"]) -> tuple[sparse.Selection, Tensor]:
+        """The pairs with a positive pre-activation, and relu(x W_enc + b_enc) there."""
+        pre = self.pre(x)
+        chosen = sparse.select(pre, pre > 0)
+        return chosen, chosen.pre(x, self.encoder, self.b_enc).relu()
+
     def predict(
         self, chosen: sparse.Selection, f: Tensor, x: Float[Tensor, "n d_in"]
     ) -> Float[Tensor, "n d_out"]:

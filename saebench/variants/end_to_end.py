@@ -14,7 +14,6 @@ from typing import Annotated, ClassVar, final
 from annotated_types import Ge
 from torch import Tensor
 
-from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.relu import ReLU as ReLUSAE
 from saebench.variants._training import (
@@ -49,9 +48,7 @@ class _Training(DictionaryTraining):
 
     def loss(self, lesson: Lesson) -> Tensor:
         assert lesson.downstream is not None, "the trainer gives the model to variants that ask"
-        pre = self.pre(lesson.x)
-        chosen = sparse.select(pre, pre > 0)
-        f = chosen.pre(lesson.x, self.encoder, self.b_enc).relu()
+        chosen, f = self.rectified(lesson.x)
         x_hat = self.predict(chosen, f, lesson.x)
         found = lesson.downstream(x_hat, self.recipe.later > 0)
         self.control.update(chosen.l0(f), len(lesson.x), lesson.progress)

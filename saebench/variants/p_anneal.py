@@ -15,7 +15,6 @@ import torch
 from annotated_types import Ge, Interval
 from torch import Tensor
 
-from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.relu import ReLU as ReLUSAE
 from saebench.variants._training import (
@@ -71,9 +70,7 @@ class _Training(DictionaryTraining):
         self.register_buffer("p", torch.ones(()))
 
     def loss(self, lesson: Lesson) -> Tensor:
-        pre = self.pre(lesson.x)
-        chosen = sparse.select(pre, pre > 0)
-        f = chosen.pre(lesson.x, self.encoder, self.b_enc).relu()
+        chosen, f = self.rectified(lesson.x)
         x_hat = self.predict(chosen, f, lesson.x)
         self._enter(self.recipe.power(lesson.progress), f)
         self.control.update(chosen.l0(f), len(lesson.x), lesson.progress)

@@ -16,7 +16,6 @@ from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.relu import ReLU as ReLUSAE
 from saebench.variants._training import (
@@ -59,9 +58,7 @@ class _Training(DictionaryTraining):
         self._last: tuple[Lesson, Tensor] | None = None
 
     def loss(self, lesson: Lesson) -> Tensor:
-        pre = self.pre(lesson.x)
-        chosen = sparse.select(pre, pre > 0)
-        f = chosen.pre(lesson.x, self.encoder, self.b_enc).relu()
+        chosen, f = self.rectified(lesson.x)
         x_hat = self.predict(chosen, f, lesson.x)
         self.control.update(chosen.l0(f), len(f), lesson.progress)
         if self.resamplings:

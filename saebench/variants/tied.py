@@ -11,7 +11,6 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from saebench import sparse
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.relu import ReLU as ReLUSAE
 from saebench.variants._training import (
@@ -42,9 +41,7 @@ class _Training(DictionaryTraining):
         self.control = PenaltyControl(task, recipe)
 
     def loss(self, lesson: Lesson) -> Tensor:
-        pre = self.pre(lesson.x)
-        chosen = sparse.select(pre, pre > 0)
-        f = chosen.pre(lesson.x, self.encoder, self.b_enc).relu()
+        chosen, f = self.rectified(lesson.x)
         x_hat = self.predict(chosen, f, lesson.x)
         self.control.update(chosen.l0(f), len(lesson.x), lesson.progress)
         penalty = self.control.coefficient() * f.sum() / len(lesson.x)
