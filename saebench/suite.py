@@ -385,13 +385,18 @@ class Suite(_Strict):
         if sae.of is None:
             return None
         shape = (sae.of, sae.width, sae.l0, sae.seed, sae.site, sae.target)
-        for other in self.trained():
-            found = (other.variant, other.width, other.l0, other.seed, other.site, other.target)
-            if found == shape and other.of is None:
-                return other
+        found = [
+            other
+            for other in self.trained()
+            if (other.variant, other.width, other.l0, other.seed, other.site, other.target) == shape
+            and other.of is None
+        ]
+        if len(found) == 1:
+            return found[0]
+        names = ", ".join(other.name for other in found) or "none"
         raise UserError(
-            f"{sae.name} starts from a {sae.of} SAE of width {sae.width}, l0 {sae.l0:g} and seed {sae.seed}, "
-            "which the suite does not train; add it, or name another variant with `of`"
+            f"{sae.name} starts from a {sae.of} SAE of width {sae.width}, l0 {sae.l0:g} and seed {sae.seed}; "
+            f"the suite trains {names}, and there must be one"
         )
 
     def all_sites(self) -> list[Site]:

@@ -502,6 +502,12 @@ def test_bad_recipes_are_refused_with_their_line_before_a_model_is_loaded(
         assert part in message
 
 
+def test_a_rescaled_sae_with_two_parents_is_refused(tmp_path: Path):
+    parents = f"variant: relu, {SHAPE}, lr: [0.001, 0.002]"
+    message = refusal(tmp_path, with_saes(parents, f"variant: rescaled, of: relu, {SHAPE}"))
+    assert "relu-w32-l4-s0-lr0.001, relu-w32-l4-s0-lr0.002, and there must be one" in message
+
+
 @pytest.mark.parametrize(
     "parent",
     [
@@ -514,7 +520,7 @@ def test_bad_recipes_are_refused_with_their_line_before_a_model_is_loaded(
 def test_a_rescaled_sae_without_its_parent_in_the_suite_is_refused(tmp_path: Path, parent: str):
     message = refusal(tmp_path, with_saes(parent, f"variant: rescaled, of: relu, {SHAPE}"))
     assert message.startswith(f"{tmp_path / 'suite.yaml'}:6: saes: rescaled-w32-l4-s0")
-    assert "a relu SAE of width 32, l0 4 and seed 0, which the suite does not train" in message
+    assert "a relu SAE of width 32, l0 4 and seed 0; the suite trains none" in message
 
 
 @pytest.mark.parametrize("of", ["transcoder", "rescaled"])
