@@ -242,7 +242,7 @@ def _make(asked: argparse.Namespace, folder: str, width: int, n_l0s: int) -> lis
         stand_in = {"variant": "relu", "width": 16, "l0": 4}
         bench = _open(Path(scratch), _definition(asked, asked.context, [stand_in]))
         site = bench.suite.sites[0]
-        x = bench.stream.calibration(site, 16_384)
+        x = bench.stream.calibration(site, 16_384 if n_l0s else 128)
         (run,) = bench.train_runs()
     names = []
     for l0 in L0S[: max(1, n_l0s)]:

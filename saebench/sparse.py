@@ -26,7 +26,11 @@ DENSE_ABOVE = 0.1
 """Share of active pairs above which the dense products are faster (benchmarks/train_step.py)."""
 
 _CHUNK = 2**25
-"""Elements of a dense block of latents that is held at a time."""
+"""Elements of a dense block of latents that is held at a time, at the most."""
+_CACHED = 2**19
+"""Elements of one that stays in a processor's cache, so that several passes over it are cheap."""
+_ROWS = 64
+"""Rows of one below which its product is slow."""
 
 
 def from_dense(z: Float[Tensor, "n d_sae"]) -> SparseCode:
@@ -68,7 +72,10 @@ def concatenate(codes: list[SparseCode]) -> SparseCode:
 
 def token_chunks(x: Float[Tensor, "n d"], d_sae: int) -> tuple[Tensor, ...]:
     """Some tokens at a time, so that their dense latents stay small whatever the width."""
-    return tuple(x.split(max(1, _CHUNK // d_sae)))
+    rows = _CHUNK // d_sae
+    if not x.is_cuda:
+        rows = min(rows, max(_ROWS, _CACHED // d_sae))
+    return tuple(x.split(max(1, rows)))
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ interval"): alpha' / 2 = Phi(-sqrt(n / (n - 1)) t_{n-1}). With many units nothin
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -121,11 +121,17 @@ def intervals(
         if _is_resampled(column):
             resampled.setdefault(len(column.num), []).append(i)
     for n_units, members in resampled.items():
-        bootstrap = Bootstrap(n_units, draws, seed)
+        bootstrap = _bootstrap(n_units, draws, seed)
         drawn = _drawn_ratios(bootstrap, [checked[i] for i in members])
         for i, ratios in zip(members, drawn.T, strict=True):
             found[i] = _percentiles(ratios, n_units)
     return found
+
+
+@lru_cache(maxsize=2)
+def _bootstrap(n_units: int, draws: int, seed: int) -> Bootstrap:
+    """Kept, because the SAEs of a suite have the same number of units, and drawing takes longer than all the rest."""
+    return Bootstrap(n_units, draws, seed)
 
 
 def paired_difference(
