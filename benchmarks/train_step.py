@@ -122,6 +122,7 @@ def _in_own_process(which: str, width: int, options: argparse.Namespace) -> Row:
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     row: Row = in_process(sys.executable, Path(__file__), *arguments, answer=answer)
     answer.unlink()
+    print(f"  {row['ratio']:.2f} times the encoder product", file=sys.stderr)
     return row
 
 
@@ -304,6 +305,8 @@ def _sae_lens(name: str, x: Tensor, options: argparse.Namespace) -> Case:
         total_training_samples=STEPS * options.batch,
         train_batch_size_samples=options.batch,
         device=options.device,
+        lr=1e-12,
+        lr_end=1e-13,
     )
     trainer = SAETrainer(config, sae, iter([]))
     return (lambda: trainer.step(x)), lambda: fields.get("k")
