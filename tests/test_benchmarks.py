@@ -37,6 +37,7 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_saes_are_scored_beside_their_floor(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -68,6 +69,7 @@ def test_random_saes_of_every_architecture_have_the_asked_l0():
             assert (sae.encode(x) != 0).sum() / len(x) == pytest.approx(l0, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_chosen_and_what_is_finished_is_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

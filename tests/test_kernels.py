@@ -72,6 +72,7 @@ def test_the_tests_are_about_the_kernels_where_there_are_any(device, monkeypatch
     assert used == ["bag", "pair_dots"]
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this is the other process")
 def test_all_of_this_and_sparse_training_hold_under_the_interpreter_too():

@@ -83,6 +83,7 @@ def opened(path: Path, options: Options) -> planner.Work:
     return planner._open(suite.load(path), path, options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REHEARSALS)
 def test_a_public_suite_can_be_rehearsed(
     tmp_path: Path, options: Options, monkeypatch: pytest.MonkeyPatch, name: str

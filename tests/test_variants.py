@@ -387,6 +387,7 @@ def test_directions_stay_units_and_gradients_along_them_are_removed(case):
     assert (training.decoder.grad * d).sum(1).abs().max() < 1e-5 < whole.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_no_seed_leads_to_nan(name, seed):
     learner = toys.Learner(recipe(name, lr=0.02), width=24, l0=3, tokens=16 * 15, seed=seed)
