@@ -164,10 +164,10 @@ def test_a_text_of_the_hub_is_counted_and_not_read(
     monkeypatch.setattr(trainer, "memory_for_training", lambda _device: 100.0 * GIB)
     path = rehearsal(tmp_path, "pythia-70m", text={})
     plan = planner.plan(suite.load(path), path, options)
-    # SAEs of the three widths take 1/8, 1/2 and 2 GiB: the last variant's widest have no room left.
+    # 42 SAEs of each width take 1/8, 1/2 and 2 GiB: the widest go first, and then 32 of the next fit.
     assert [line for line in plan if line.startswith("  group")] == [
-        "  group 1: 120 SAEs, 98.25 GiB, 1 pass over the language model",
-        "  group 2: 6 SAEs, 12.00 GiB, 1 pass over the language model",
+        "  group 1: 74 SAEs, 100.00 GiB, 1 pass over the language model",
+        "  group 2: 52 SAEs, 10.25 GiB, 1 pass over the language model",
     ]
     whole = "\n".join(plan)
     assert "what is trained or scored already is not known" in whole
