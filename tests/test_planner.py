@@ -98,8 +98,10 @@ def test_a_public_suite_can_be_rehearsed(
     assert "to train: 126 of 126 SAEs in 7 passes of 5 steps" in plan
     groups = [line for line in plan if line.startswith("  group")]
     size = f"{whole / GIB:,.2f} GiB"
+    # 42 SAEs of each width, 64, 16 or 4 units large, into 504: 7 x 64 + 3 x 16 + 2 x 4 six times, then the rest.
     assert groups == [
-        f"  group {i}: 18 SAEs, {size}, 1 pass over the language model" for i in range(1, 8)
+        f"  group {i}: {n} SAEs, {size}, 1 pass over the language model"
+        for i, n in enumerate([12] * 6 + [24 + 30], 1)
     ]
     # 126, and for each of the 18 shapes one random and one permuted; identity, and PCA with 6 L0s and all.
     assert "to score: 170 SAEs, controls included" in plan
