@@ -99,6 +99,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--eval-tokens", type=int, default=60_000)
     parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument(
+        "--passes",
+        type=int,
+        default=13,
+        help="over the training text: the more, the less of it is used",
+    )
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -149,7 +155,7 @@ def _definition(asked: argparse.Namespace, name: str, saes: list[dict[str, Any]]
             "train_tokens": asked.tokens,
             "eval_tokens": asked.eval_tokens,
             "eval_share": 0.2,
-            "train_passes": 100,
+            "train_passes": asked.passes,
         },
         "training": {"batch_tokens": asked.batch, "buffer_tokens": 64 * asked.batch},
         "saes": saes,
