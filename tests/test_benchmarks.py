@@ -73,7 +73,18 @@ def test_random_saes_of_every_architecture_have_the_asked_l0():
 def test_a_learning_rate_is_chosen_and_what_is_finished_is_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    sizes = ["--tokens", "1280", "--eval-tokens", "600", "--batch", "64", "--width", "40"]
+    sizes = [
+        "--tokens",
+        "1280",
+        "--eval-tokens",
+        "600",
+        "--batch",
+        "64",
+        "--width",
+        "40",
+        "--passes",
+        "100",
+    ]
     sweep = ["--seeds", "0", "1", "--lrs", "1e-6", "1e-2", "--variants", "topk"]
     places = ["--work", tmp_path / "work", "--out", tmp_path / "out"]
     everything = [*about(world), *sizes, *sweep, *places]
