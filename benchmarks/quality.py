@@ -103,7 +103,7 @@ def _arguments() -> argparse.ArgumentParser:
         "--passes",
         type=int,
         default=13,
-        help="over the training text: the more, the less of it is used",
+        help="over the training text, at the most",
     )
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--width", type=int, default=512)

@@ -145,19 +145,21 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     """Just enough rows for both amounts; reading stops there.
 
     `train_passes` is how many times the trainer may go over the training rows: with 4, a quarter of
-    the text is enough.
+    `train_tokens` is enough. What there is beyond that is used all the same, up to `train_tokens`: tokens are only
+    repeated where there are no more of them.
     """
     _check_amounts(context, eval_share, train_passes)
     separator = _separator(tokenizer)
     special = special_ids(tokenizer)
-    train = _Side(-(-train_tokens // train_passes), context, separator, special)
+    least = -(-train_tokens // train_passes)
+    train = _Side(train_tokens, context, separator, special)
     held_out = _Side(eval_tokens, context, separator, special)
     wanted = _wanted(documents(source), train, held_out, eval_share)
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
-    if not (train.enough and held_out.enough):
+    if not (train.full or train.count >= least) or not held_out.enough:
         raise UserError(
-            f"the text ends too early: it has {train.count:,} of {train.needed:,} training tokens"
+            f"the text ends too early: it has {train.count:,} of {least:,} training tokens"
             f"{f' (times {train_passes} passes)' if train_passes > 1 else ''} and "
             f"{held_out.count:,} of {held_out.needed:,} evaluation tokens, special tokens not "
             "counted. Lower train_tokens or eval_tokens, raise train_passes, or give more text"

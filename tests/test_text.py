@@ -265,11 +265,18 @@ def test_reading_stops_as_soon_as_both_sides_have_enough(monkeypatch):
     assert len(taken) < 500
 
 
-def test_passes_over_the_text_make_less_text_do(tmp_path):
+def test_passes_over_the_text_make_less_text_do_and_use_all_there_is(tmp_path):
     source = jsonl(tmp_path, stories(40))
-    once = text.tokenize(source, BYTES, 16, 1_000, 10)
-    thrice = text.tokenize(source, BYTES, 16, 3_000, 10, train_passes=3)
-    assert np.array_equal(once.train, thrice.train)
+    all_of_it = text.tokenize(source, BYTES, 16, 10**6, 10, train_passes=10**6).train
+    n = int((~text.special_mask(all_of_it, text.special_ids(BYTES))).sum())
+    with pytest.raises(UserError, match="ends too early"):
+        text.tokenize(source, BYTES, 16, 2 * n + 2, 10, train_passes=2)
+    twice = text.tokenize(source, BYTES, 16, 2 * n, 10, train_passes=2)
+    assert np.array_equal(twice.train, all_of_it)
+    # Nothing is repeated where there is enough.
+    plenty = text.tokenize(source, BYTES, 16, n // 2, 10, train_passes=9)
+    once = text.tokenize(source, BYTES, 16, n // 2, 10)
+    assert np.array_equal(plenty.train, once.train)
 
 
 def test_a_text_that_is_too_short_is_refused_with_what_it_has(tmp_path):
