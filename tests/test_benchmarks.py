@@ -94,7 +94,8 @@ def test_a_learning_rate_is_chosen_and_what_is_finished_is_kept(
     assert [(row["wanted L0"], row["verdict"]) for row in content["rows"]] == [
         (l0, "no peer") for l0 in (8, 8, 16, 16, 32, 32)
     ]
-    assert [row["L0"] for row in content["rows"][:4]] == pytest.approx([8, 8, 16, 16], rel=0.1)
+    # Of the k latents that are kept, some are not positive after twenty steps.
+    assert [row["L0"] for row in content["rows"][:4]] == pytest.approx([8, 8, 16, 16], rel=0.2)
     assert str(world.model) not in (tmp_path / "out" / "quality.json").read_text()
     trained = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("sae.safetensors")}
     assert len(trained) == 2 + 6
