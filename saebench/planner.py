@@ -18,7 +18,6 @@ decoder geometry and plots are left out. Nothing is written.
 """
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -317,27 +316,18 @@ def _controls(suite: Suite, lm: LanguageModel, runs: Sequence[TrainRun]) -> Iter
 
 def parameters_below(lm: LanguageModel, site: Site) -> int:
     """In the blocks that run until the site is known."""
-    layer = _layer(lm, site)
+    layer = lm.layer(site)
     runs = len(lm.blocks) if layer is None else layer + (site.stream != "resid_pre")
     return sum(p.numel() for block in lm.blocks[:runs] for p in block.parameters())
 
 
 def parameters_above(lm: LanguageModel, site: Site) -> int:
     """In the blocks that run when the LM is resumed at the site, and in the output matrix."""
-    layer = _layer(lm, site)
+    layer = lm.layer(site)
     first = 0 if layer is None else layer + (site.stream == "resid_post")
     head: Any = lm.model.get_output_embeddings()
     modules = [*lm.blocks[first:], head]
     return sum(p.numel() for module in modules for p in module.parameters())
-
-
-def _layer(lm: LanguageModel, site: Site) -> int | None:
-    """Of the block that a site is in; None for a module that is in none."""
-    if site.layer is not None:
-        return site.layer
-    module = lm.model.get_submodule(site.stream.rpartition(".")[0])
-    inside = (i for i, block in enumerate(lm.blocks) if any(m is module for m in block.modules()))
-    return next(inside, None)
 
 
 def operations(work: Work) -> Parts:
@@ -436,7 +426,7 @@ def _cache_bytes(lm: LanguageModel, suite: Suite, sites: Iterable[Site], eval_ro
     kept = []
     for site in sites:
         kept.append(site)
-        layer = _layer(lm, site)
+        layer = lm.layer(site)
         if layer is not None and not site.stream.startswith("resid"):
             kept.append(Site("resid_pre", layer))
     item = torch.empty((), dtype=lm.dtype).element_size()
@@ -446,12 +436,6 @@ def _cache_bytes(lm: LanguageModel, suite: Suite, sites: Iterable[Site], eval_ro
 def _free_disk(folder: Path) -> int:
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     return shutil.disk_usage(there).free
-
-
-def _free_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # What is measured
@@ -712,7 +696,7 @@ def _memory(work: Work) -> list[str]:
     budget = trainer.memory_for_training(device)
     return [
         f"memory of {device}: {_gib(sum(parts.values()))} needed ({_listed(parts)}); "
-        f"{_gib(_free_memory(device))} free now that the language model is loaded, of which "
+        f"{_gib(trainer.free_memory(device))} free now that the language model is loaded, of which "
         f"{_gib(budget)} for SAEs in training"
     ]
 

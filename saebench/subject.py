@@ -412,9 +412,13 @@ class LanguageModel:
 
     def later(self, site: Site) -> list[Site]:
         """The residual stream after every block that a replacement at the site goes through."""
-        layer = self._home(self._tap(site).module) if site.layer is None else site.layer
+        layer = self.layer(site)
         first = 0 if layer is None else layer + (site.stream == "resid_post")
         return [Site("resid_post", i) for i in range(first, len(self.blocks))]
+
+    def layer(self, site: Site) -> int | None:
+        """Of the block that a site is in; None for a module that is in none."""
+        return self._home(self._tap(site).module) if site.layer is None else site.layer
 
     def prepare(self, sites: Sequence[Site]) -> None:
         """Reads the evaluation text at all sites in one pass, and keeps what has room on disk."""

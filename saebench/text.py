@@ -157,7 +157,7 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     wanted = _wanted(documents(source), train, held_out, eval_share)
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
-    if not (train.full or train.count >= least) or not held_out.enough:
+    if not (train.has(least) and held_out.has(eval_tokens)):
         raise UserError(
             f"the text ends too early: it has {train.count:,} of {least:,} training tokens"
             f"{f' (times {train_passes} passes)' if train_passes > 1 else ''} and "
@@ -214,9 +214,9 @@ class _Side:
         """Tokens in whole rows that are not special."""
         return int((~special_mask(self._whole_rows(), self.special)).sum())
 
-    @property
-    def enough(self) -> bool:
-        return self.full or self.count >= self.needed
+    def has(self, tokens: int) -> bool:
+        """Of no more tokens than are needed."""
+        return self.full or self.count >= tokens
 
     def add(self, ids: Int[np.ndarray, " n"]) -> None:
         if len(ids) and ids[0] == self.separator:

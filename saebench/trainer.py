@@ -534,8 +534,11 @@ def _statistics(site: Site, x: Float[Tensor, "n d"]) -> Scaling:
 
 def memory_for_training(device: str) -> float:
     """Bytes that the SAEs of a group may take together."""
+    return free_memory(device) * _MEMORY_SHARE
+
+
+def free_memory(device: str) -> int:
+    """Bytes that nobody uses now."""
     if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free * _MEMORY_SHARE
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
