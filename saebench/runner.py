@@ -44,7 +44,7 @@ from saebench.subject import (
     random_model,
     rows_per_batch,
 )
-from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE
+from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, twice
 from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
 from saebench.trainer import Stream, TrainRun
 from saebench.types import SAE, Batch, Eval, Score, Seen, Site, Skip, SparseCode, Spec, Tally
@@ -130,13 +130,11 @@ class Workbench:
         runs = self.train_runs()
         trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
         found = [*trained, *self._given, *self._controls(runs)]
-        names = [candidate.name for candidate in found]
-        for i, name in enumerate(names):
-            if name in names[:i]:
-                raise UserError(
-                    f"two SAEs of the suite would be called {name!r}; give the checkpoint another "
-                    "name, or each control once"
-                )
+        if again := twice([candidate.name for candidate in found]):
+            raise UserError(
+                f"two SAEs of the suite would be called {again!r}; give the checkpoint another "
+                "name, or each control once"
+            )
         return found
 
     def names(self) -> list[str]:

@@ -321,14 +321,14 @@ class Suite(_Strict):
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
         names = [s.name for s in self.trained()] + [c.name for c in self.checkpoints()]
-        if twice := _twice(names):
-            raise _Wrong(f"two SAEs are called {twice!r}; each needs a name of its own", "saes")
+        if again := twice(names):
+            raise _Wrong(f"two SAEs are called {again!r}; each needs a name of its own", "saes")
         for name in names:
             if not re.fullmatch(NAME, name):
                 raise _Wrong(f"an SAE would be called {name!r}, which cannot name a file", "saes")
         for kind in ("sites", "controls", "evals", "reports"):
-            if twice := _twice(getattr(self, kind)):
-                what = twice.name if isinstance(twice, Plugin) else twice
+            if again := twice(getattr(self, kind)):
+                what = again.name if isinstance(again, Plugin) else again
                 raise _Wrong(f"{what} is there twice with the same parameters", kind)
         return self
 
@@ -571,7 +571,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _twice(things: list[Any]) -> Any:
+def twice(things: list[Any]) -> Any:
     """The first that is there twice; None where all differ."""
     return next((thing for i, thing in enumerate(things) if thing in things[:i]), None)
 
