@@ -54,15 +54,16 @@ def main() -> None:
     options = _options()
     if options.one is not None:
         owner, name = options.one.split(":")
-        row = {"of": owner, "variant": name} | _measure(owner, name, options)
-        Path(options.answer).write_text(json.dumps(row), encoding="utf-8")
+        growth = owner == "growth"
+        found = _measure_growth(name, options) if growth else _measure(owner, name, options)
+        Path(options.answer).write_text(json.dumps(found), encoding="utf-8")
         return
-    rows = [_in_own_process(which, options.width, options) for which in _wanted(options)]
+    rows = [_in_own_process(which, options) for which in _wanted(options)]
     text = table([_shown(row) for row in rows])
     grown: list[Row] = []
     if options.growth:
-        ours = [row for row in rows if row["of"] == "saebench"]
-        grown = [_growth(row, options) for row in ours]
+        ours = [row["variant"] for row in rows if row["of"] == "saebench"]
+        grown = [_in_own_process(f"growth:{name}", options) for name in ours]
         text += f"\n\nTime of a step at {GROWTH} times the width, as a multiple:\n\n{table(grown)}"
     content = {
         "command": command(),
@@ -113,28 +114,17 @@ def _wanted(options: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def _in_own_process(which: str, width: int, options: argparse.Namespace) -> Row:
-    print(f"timing {which} at width {width:,}", file=sys.stderr)
+def _in_own_process(which: str, options: argparse.Namespace) -> Row:
+    print(f"timing {which}", file=sys.stderr)
     options.out.mkdir(parents=True, exist_ok=True)
     answer = options.out / ".answer.json"
-    given = {"d": options.d, "width": width, "batch": options.batch, "l0": options.l0}
-    given |= {"rounds": options.rounds, "device": options.device, "one": which, "answer": answer}
+    shared = ("d", "width", "batch", "l0", "rounds", "device")
+    given = {name: getattr(options, name) for name in shared} | {"one": which, "answer": answer}
     arguments = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     row: Row = in_process(sys.executable, Path(__file__), *arguments, answer=answer)
     answer.unlink()
-    print(f"  {row['ratio']:.2f} times the encoder product", file=sys.stderr)
+    print(f"  {row.get('ratio', row.get('growth')):.2f} times", file=sys.stderr)
     return row
-
-
-def _growth(row: Row, options: argparse.Namespace) -> Row:
-    wide = _in_own_process(f"saebench:{row['variant']}", GROWTH * options.width, options)
-    return {
-        "variant": row["variant"],
-        "seconds": row["seconds"],
-        f"seconds at {GROWTH * options.width:,}": wide["seconds"],
-        "growth": wide["seconds"] / row["seconds"],
-        "growth of the product": wide["product"] / row["product"],
-    }
 
 
 def _shown(row: Row) -> Row:
@@ -152,21 +142,15 @@ def _shown(row: Row) -> Row:
 
 
 def _measure(owner: str, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(options.batch, options.d, generator=generator) / math.sqrt(options.d)
-    x = x.to(options.device)
+    x = _batch(options)
     make = {"saebench": _ours, "dictionary_learning": _dictionary_learning, "sae_lens": _sae_lens}
     step, l0 = make[owner](name, x, options)
-    weight = torch.randn(options.width, options.d, generator=generator).to(options.device)
-    bias = torch.zeros(options.width, device=options.device)
-
-    def product() -> Tensor:
-        return torch.addmm(bias, x, weight.T)
-
-    works = {"step": _waiting(step, options), "product": _waiting(product, options)}
+    works = {"step": _waiting(step, options), "product": _waiting(_product(x, options), options)}
     seconds = in_turn(works, options.rounds, warmup=3)
     whole, floor = typical(seconds["step"]), typical(seconds["product"])
     return {
+        "of": owner,
+        "variant": name,
         "l0": l0(),
         "seconds": whole,
         "product": floor,
@@ -174,6 +158,41 @@ def _measure(owner: str, name: str, options: argparse.Namespace) -> dict[str, An
         "tokens_per_s": options.batch / whole,
         "peak_bytes": torch.cuda.max_memory_allocated() if _on_gpu(options) else peak_memory(),
     }
+
+
+def _measure_growth(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Both widths in turn, so that both meet the same machine."""
+    x = _batch(options)
+    wide = argparse.Namespace(**vars(options) | {"width": GROWTH * options.width})
+    works = {
+        "narrow": _ours(name, x, options)[0],
+        "wide": _ours(name, x, wide)[0],
+        "narrow product": _product(x, options),
+        "wide product": _product(x, wide),
+    }
+    waiting = {which: _waiting(work, options) for which, work in works.items()}
+    seconds = in_turn(waiting, options.rounds, warmup=3)
+    middle = {which: typical(rounds) for which, rounds in seconds.items()}
+    return {
+        "variant": name,
+        f"ms at {options.width:,}": 1000 * middle["narrow"],
+        f"ms at {wide.width:,}": 1000 * middle["wide"],
+        "growth": middle["wide"] / middle["narrow"],
+        "growth of the product": middle["wide product"] / middle["narrow product"],
+    }
+
+
+def _batch(options: argparse.Namespace) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(options.batch, options.d, generator=generator) / math.sqrt(options.d)
+    return x.to(options.device)
+
+
+def _product(x: Tensor, options: argparse.Namespace) -> Callable[[], object]:
+    """The encoder's."""
+    weight = torch.randn(options.width, options.d, device=options.device)
+    bias = torch.zeros(options.width, device=options.device)
+    return lambda: torch.addmm(bias, x, weight.T)
 
 
 def _on_gpu(options: argparse.Namespace) -> bool:

@@ -12,6 +12,7 @@ then renamed over it, the units first and the JSON last.
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -68,10 +69,13 @@ _DTYPES = {
     "n": "int64",
     "n_units": "int64",
     "reference": "float64",
+    "worst": "float64",
+    "ideal": "float64",
     "doc": "str",
     "file": "str",
 }
 _SKIP_COLUMNS = ("sae", "eval", "params", "reason", "file")
+_OMITTED_COLUMNS = ("sae", "eval", "params", "what", "reason", "file")
 _ONE_ROW = ["sae", "eval", "params", "metric", "version"]
 
 
@@ -89,12 +93,18 @@ class ScoreRow(NamedTuple):
     reference: float | None
     ids: Sequence[str] | None
     """Names of the units where they have some; None numbers them from 0."""
+    clusters: Sequence[str] | None
+    """What each unit is from, where units of one source are alike; None where each stands for itself."""
+    ends: tuple[float, float] | None
+    """The value of an SAE that is worth nothing and that of a perfect one, where there are such."""
 
 
 class Entry(NamedTuple):
     """An SAE of a suite, as asked for."""
 
-    kind: Literal["trained", "control", "checkpoint"]
+    kind: Literal["trained", "control", "reference", "checkpoint"]
+    """A control knows nothing of what the model learned, and a trained SAE must be clearly better than it. A reference,
+    such as the identity, is there to read the others against."""
     variant: str
     width: int | None
     l0: float | None
@@ -108,6 +118,15 @@ class Units(NamedTuple):
     ids: NDArray[Any]
     num: Floats
     den: Floats
+    clusters: NDArray[Any] | None
+    """What each unit is from; None where each stands for itself."""
+
+
+class Omission(NamedTuple):
+    """What a run leaves out of its scores: a metric, a dataset, some rows of one."""
+
+    what: str
+    reason: str
 
 
 class Results(NamedTuple):
@@ -115,6 +134,9 @@ class Results(NamedTuple):
 
     scores: pd.DataFrame
     skips: pd.DataFrame
+    """Runs that have no scores, with the reason."""
+    omitted: pd.DataFrame
+    """What runs that have scores leave out, with the reason."""
     stale: list[str]
     """Run files that the manifest does not name: results of an earlier state of the suite."""
     missing: list[str]
@@ -147,11 +169,21 @@ def units_file(run: Path) -> Path:
 
 
 def write(
-    folder: Path, spec: Spec, rows: Sequence[ScoreRow], provenance: Mapping[str, Any]
+    folder: Path,
+    spec: Spec,
+    rows: Sequence[ScoreRow],
+    omitted: Sequence[Omission],
+    provenance: Mapping[str, Any],
 ) -> Path:
     path = run_file(folder, spec)
-    scores = _scores(rows)
-    content = _json({"spec": spec, "scores": scores, "provenance": provenance})
+    content = _json(
+        {
+            "spec": spec,
+            "scores": _scores(rows),
+            "omitted": [omission._asdict() for omission in omitted],
+            "provenance": provenance,
+        }
+    )
     units = units_file(path)
     write_bytes_whole(units, _parquet(rows))
     try:
@@ -262,19 +294,22 @@ def read(folder: Path) -> Results:
     manifest = _manifest(folder)
     rows: list[dict[str, Any]] = []
     skips: list[dict[str, Any]] = []
+    omitted: list[dict[str, Any]] = []
     missing = []
     for name in manifest["runs"]:
         path = folder / name
         if not path.is_file():
             missing.append(name)
             continue
-        scored, skipped = _run_rows(path, name, manifest["saes"])
-        rows += scored
-        skips += skipped
+        found = _run_rows(path, name, manifest["saes"])
+        rows += found.scores
+        skips += found.skips
+        omitted += found.omitted
     definition = manifest["definition"]
     return Results(
         scores=_score_frame(rows, folder),
         skips=pd.DataFrame(skips, columns=list(_SKIP_COLUMNS)),
+        omitted=pd.DataFrame(omitted, columns=list(_OMITTED_COLUMNS)),
         stale=_stale(folder, set(manifest["runs"])),
         missing=missing,
         suite=manifest["suite"],
@@ -327,7 +362,8 @@ def on_common_units(found: Mapping[str, Units]) -> dict[str, Units]:
     for sae, u in found.items():
         places = {unit: i for i, unit in enumerate(u.ids)}
         order = np.array([places[unit] for unit in kept], dtype=np.int64)
-        aligned[sae] = Units(u.ids[order], u.num[order], u.den[order])
+        clusters = None if u.clusters is None else u.clusters[order]
+        aligned[sae] = Units(u.ids[order], u.num[order], u.den[order], clusters)
     return aligned
 
 
@@ -361,7 +397,7 @@ def _scores(rows: Sequence[ScoreRow]) -> list[dict[str, Any]]:
     for row in rows:
         _check(row)
     values = [_value(row) for row in rows]
-    found = stats.intervals([stats.Column(row.num, row.den, row.statistic) for row in rows])
+    found = stats.intervals([column(row, row.statistic) for row in rows])
     return [_score(*of_row) for of_row in zip(rows, values, found, strict=True)]
 
 
@@ -372,6 +408,8 @@ def _check(row: ScoreRow) -> None:
         raise ValueError(f"{row.metric}: the reference must be finite, got {row.reference}")
     if row.ids is not None and (len(row.ids) != len(row.num) or len(set(row.ids)) < len(row.ids)):
         raise ValueError(f"{row.metric}: every one of the {len(row.num)} units needs its own name")
+    if row.clusters is not None and len(row.clusters) != len(row.num):
+        raise ValueError(f"{row.metric}: every one of the {len(row.num)} units needs its cluster")
 
 
 def _value(row: ScoreRow) -> float:
@@ -396,6 +434,7 @@ def _score(row: ScoreRow, value: float, ends: stats.Interval | None) -> dict[str
         "n": int(row.n),
         "n_units": len(row.num),
         "reference": None if row.reference is None else float(row.reference),
+        "ends": None if row.ends is None else list(row.ends),
         "doc": row.doc,
     }
 
@@ -410,16 +449,17 @@ def _parquet(rows: Sequence[ScoreRow]) -> bytes:
     flat = np.concatenate(ids) if ids else np.arange(0)
     codes = np.repeat(np.arange(len(rows), dtype=np.int32), sizes)
     metrics = pa.array([row.metric for row in rows], type=pa.string())
-    table = pa.table(
-        {
-            "metric": pa.DictionaryArray.from_arrays(codes, metrics),
-            "unit": pa.array(flat.astype(str) if named else flat.astype(np.int64)),
-            "num": _flat([row.num for row in rows]),
-            "den": _flat([row.den for row in rows]),
-        }
-    )
+    columns = {
+        "metric": pa.DictionaryArray.from_arrays(codes, metrics),
+        "unit": pa.array(flat.astype(str) if named else flat.astype(np.int64)),
+        "num": _flat([row.num for row in rows]),
+        "den": _flat([row.den for row in rows]),
+    }
+    if any(row.clusters is not None for row in rows):
+        clusters = [row.clusters or [None] * len(row.num) for row in rows]
+        columns["cluster"] = pa.array([name for part in clusters for name in part], pa.string())
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return bytes(sink.getvalue())
 
 
@@ -510,10 +550,14 @@ def _stale(folder: Path, named: set[str]) -> list[str]:
     return sorted(present - named)
 
 
-def _run_rows(
-    path: Path, name: str, saes: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Scores and skips of one run file."""
+class _RunRows(NamedTuple):
+    scores: list[dict[str, Any]]
+    skips: list[dict[str, Any]]
+    omitted: list[dict[str, Any]]
+
+
+def _run_rows(path: Path, name: str, saes: Mapping[str, Any]) -> _RunRows:
+    """What one run file says."""
     run = _load(path)
     _need(run, path, "spec", "provenance")
     spec = run["spec"]
@@ -530,13 +574,24 @@ def _run_rows(
         "file": name,
     }
     if "skipped" in run:
-        return [], [asked | {"reason": run["skipped"]}]
+        return _RunRows([], [asked | {"reason": run["skipped"]}], [])
     _need(run, path, "scores")
     for score in run["scores"]:
         _need(score, path, *_SCORE_KEYS)
     entry = dict(saes[sae])
     about = asked | entry | {"target_l0": entry["l0"], "version": spec["eval"]["version"]}
-    return [about | score for score in run["scores"]], []
+    scores = [about | score | _ends(score) for score in run["scores"]]
+    # Files of before omissions were noted have none.
+    omitted = [asked | omission for omission in run.get("omitted", [])]
+    for omission in omitted:
+        _need(omission, path, *_OMITTED_COLUMNS)
+    return _RunRows(scores, [], omitted)
+
+
+def _ends(score: Mapping[str, Any]) -> dict[str, float]:
+    """Most metrics have none."""
+    worst, ideal = score.get("ends") or (math.nan, math.nan)
+    return {"worst": worst, "ideal": ideal}
 
 
 def _score_frame(rows: Sequence[Mapping[str, Any]], folder: Path) -> pd.DataFrame:
@@ -567,8 +622,18 @@ def units_in(run: Path, metric: str) -> Units:
     table = pq.ParquetFile(path).read(use_threads=False)
     names = table.column("metric").combine_chunks()
     here = names.indices.to_numpy() == names.dictionary.to_pylist().index(metric)
-    columns = (table.column(name).to_numpy()[here] for name in ("unit", "num", "den"))
-    return Units(*columns)
+    ids, num, den = (table.column(name).to_numpy()[here] for name in ("unit", "num", "den"))
+    clusters = None
+    if "cluster" in table.column_names:
+        named = table.column("cluster").to_numpy(zero_copy_only=False)[here]
+        clusters = None if all(name is None for name in named) else named
+    return Units(ids, num, den, clusters)
+
+
+def column(units: Units | ScoreRow, statistic: Statistic) -> stats.Column:
+    """What is resampled: the units, or what they are from where several are from one source."""
+    whole = stats.Column(units.num, units.den, statistic)
+    return whole if units.clusters is None else stats.clustered(whole, units.clusters)
 
 
 def _describe_params(params: Mapping[str, Any]) -> str:

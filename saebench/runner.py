@@ -34,7 +34,7 @@ from saebench.cache import Cache
 from saebench.controls._control import Asked, Material, Planned
 from saebench.errors import UserError
 from saebench.progress import Meter, say
-from saebench.results import Entry, ScoreRow
+from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
 from saebench.subject import (
     BUILTIN_MODEL,
@@ -47,7 +47,19 @@ from saebench.subject import (
 from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, twice
 from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
 from saebench.trainer import Stream, TrainRun
-from saebench.types import SAE, Batch, Eval, Score, Seen, Site, Skip, SparseCode, Spec, Tally
+from saebench.types import (
+    SAE,
+    Batch,
+    Eval,
+    Omitted,
+    Score,
+    Seen,
+    Site,
+    Skip,
+    SparseCode,
+    Spec,
+    Tally,
+)
 
 log = logging.getLogger(__name__)
 
@@ -250,7 +262,7 @@ class Workbench:
             "eval": {
                 "name": eval_name,
                 "version": eval_.version,
-                "params": dataclasses.asdict(eval_),
+                "params": eval_.parameters(),
             },
         }
 
@@ -364,17 +376,25 @@ class _Scoring:
 
     def finish(self, run_: EvalRun, tally: Tally) -> None:
         try:
-            rows = [_row(run_.eval, s) for s in tally.scores()]
+            found = tally.scores()
         except Skip as reason:
             self._skip(run_, reason)
             return
-        results.write(self.bench.folder, run_.spec, rows, self._provenance())
+        _write(self.bench, run_, found, self._provenance())
 
     def _skip(self, run_: EvalRun, reason: Skip) -> None:
         results.write_skip(self.bench.folder, run_.spec, str(reason), self._provenance())
 
     def _provenance(self) -> Spec:
         return _provenance(self.bench.options.device) | {"seconds": round(self.seconds, 3)}
+
+
+def _write(
+    bench: Workbench, run_: EvalRun, found: Sequence[Score | Omitted], provenance: Spec
+) -> None:
+    rows = [_row(run_.eval, part) for part in found if isinstance(part, Score)]
+    omitted = [Omission(*part) for part in found if isinstance(part, Omitted)]
+    results.write(bench.folder, run_.spec, rows, omitted, provenance)
 
 
 def _score_group(bench: Workbench, jobs: Sequence[Sequence[EvalRun]], meter: Meter) -> int:
@@ -565,7 +585,9 @@ def _row(eval_: Eval, score_: Score) -> ScoreRow:
         den=score_.den,
         n=score_.n,
         reference=score_.reference,
-        ids=None,
+        ids=score_.ids,
+        clusters=score_.clusters,
+        ends=metric.ends,
     )
 
 

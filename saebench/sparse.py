@@ -39,6 +39,14 @@ def from_dense(z: Float[Tensor, "n d_sae"]) -> SparseCode:
     return SparseCode(columns, z[rows, columns], _offsets(rows, len(z)))
 
 
+def from_columns(columns: Int[Tensor, "n k"], values: Float[Tensor, "n k"]) -> SparseCode:
+    """Of k latents for every token, in ascending order; those that are zero are left out."""
+    active = values != 0
+    offsets = torch.zeros(len(values) + 1, dtype=torch.int64, device=values.device)
+    torch.cumsum(active.sum(1), 0, out=offsets[1:])
+    return SparseCode(columns[active], values[active], offsets)
+
+
 def to_dense(code: SparseCode, d_sae: int) -> Float[Tensor, "n d_sae"]:
     z = code.values.new_zeros(len(code.offsets) - 1, d_sae)
     z[rows_of(code), code.indices] = code.values

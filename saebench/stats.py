@@ -134,6 +134,22 @@ def _bootstrap(n_units: int, draws: int, seed: int) -> Bootstrap:
     return Bootstrap(n_units, draws, seed)
 
 
+def clustered(column: Column, clusters: Sequence[str]) -> Column:
+    """The sums over the units of each cluster, in the order in which clusters first come: what is resampled then.
+
+    Units of one cluster (datasets from one source) are alike, so that each says less than one from another source.
+    """
+    if column.statistic != "ratio":
+        raise ValueError(f"units with a {column.statistic} cannot be summed by cluster")
+    names = list(dict.fromkeys(clusters))
+    if len(names) == len(clusters):
+        return column
+    places = {name: i for i, name in enumerate(names)}
+    codes = np.array([places[name] for name in clusters])
+    num, den = _checked(column.num, column.den)
+    return Column(np.bincount(codes, num), np.bincount(codes, den), "ratio")
+
+
 def paired_difference(
     num_a: Numbers,
     den_a: Numbers,

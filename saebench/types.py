@@ -5,7 +5,9 @@ but for transcoders), d_sae number of latents, nnz active latents of all tokens 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -121,6 +123,9 @@ class Metric(NamedTuple):
     doc: str
     statistic: Literal["ratio", "median", "q05", "q95"] = "ratio"
     """How units become the value: sum(num) / sum(den), or a quantile of num over units with den > 0."""
+    ends: tuple[float, float] | None = None
+    """The value of an SAE that is worth nothing and that of a perfect one, where the metric has such; hypervolumes
+    are measured between them."""
 
 
 class Score(NamedTuple):
@@ -133,6 +138,17 @@ class Score(NamedTuple):
     """How many tokens (or latents, texts ...) lie behind it."""
     reference: float | None = None
     """A value to read beside it, such as that of random directions or a bound; the metric's doc says which."""
+    ids: Sequence[str] | None = None
+    """Names of the units where they have some; None numbers them from 0."""
+    clusters: Sequence[str] | None = None
+    """What each unit is from, where several are from one source and so alike; None where each stands for itself."""
+
+
+class Omitted(NamedTuple):
+    """What a run leaves out of its scores: a metric, a dataset, some rows of one."""
+
+    what: str
+    reason: str
 
 
 class Seen(NamedTuple):
@@ -150,21 +166,94 @@ class Tally(Protocol):
     """The running sums of one eval on one SAE."""
 
     def update(self, seen: Seen) -> None: ...
-    def scores(self) -> list[Score]: ...
+    def scores(self) -> Sequence[Score | Omitted]: ...
 
 
 @dataclass(frozen=True)
 class Eval(ABC):
-    """A frozen dataclass whose fields are its parameters."""
+    """A frozen dataclass whose fields are its parameters: either a `StreamEval` or a `TextEval`."""
 
     version: ClassVar[int]
     metrics: ClassVar[tuple[Metric, ...]]
+
+    def parameters(self) -> "Spec":
+        """What tells results apart: no path of this machine."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StreamEval(Eval):
+    """Looks at the suite's evaluation text, which all evals of this kind read together."""
+
     needs_outcome: ClassVar[bool] = False
     """Whether batches must come with the language model's outcome."""
 
     @abstractmethod
     def start(self, sae: SAE, facts: "Facts") -> Tally:
         """Sums at zero for one SAE. Raises `Skip` where the eval does not apply to it."""
+
+
+class Excerpt(NamedTuple):
+    """Some tokens, special ones included, and at which of them activations are wanted."""
+
+    ids: Int[np.ndarray, " length"]
+    wanted: Int[np.ndarray, " w"]
+    """Positions, ascending, none twice."""
+
+
+@runtime_checkable
+class Lab(Protocol):
+    """A language model to which an eval brings its own text."""
+
+    identity: "Spec"
+    tokenizer: Any
+    """A fast tokenizer of transformers."""
+    longest: int
+    """Tokens of an excerpt, at the most."""
+    folder: Path
+    """Relative paths in an eval's parameters are meant from here."""
+
+    def width(self, site: Site) -> int: ...
+    def activations(
+        self, site: Site, excerpts: Sequence[Excerpt], what: str
+    ) -> Float[Tensor, "n d"]:
+        """At the wanted positions, excerpt after excerpt, on the CPU in the model's dtype; read once and kept on disk.
+
+        Excerpts of about the same length should stand together. `what` is shown as progress.
+        """
+        ...
+
+    def kept(self, spec: "Spec", compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What was computed before for the same model and spec, or is computed now and kept."""
+        ...
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """The own text of an eval, read and split but not yet seen by the model."""
+
+    fingerprint: str
+    """Hash of all of its content."""
+
+
+@dataclass(frozen=True)
+class TextEval(Eval):
+    """Brings its own text. What does not depend on the SAE is computed once for a site."""
+
+    @abstractmethod
+    def read(self, lab: Lab) -> Reading:
+        """Without running the model. Raises `UserError` where nothing can be read at all."""
+
+    @abstractmethod
+    def prepare(self, lab: Lab, reading: Any, site: Site) -> Any:
+        """The model's part, for all SAEs that read this site."""
+
+    @abstractmethod
+    def scores(self, sae: SAE, prepared: Any, shuffled: bool) -> Sequence[Score | Omitted]:
+        """Of one SAE. `shuffled`: labels are dealt out anew before anything is learned from them, as a control.
+
+        Raises `Skip` where the eval does not apply.
+        """
 
 
 class Facts(NamedTuple):

@@ -58,7 +58,9 @@ def score_rows(name: str, entry: Entry, measured: float) -> list[ScoreRow]:
 
     def row(metric, best, unit, num, den, doc, statistic="ratio", reference=None):
         count = n if unit == "sequence" else len(num)
-        return ScoreRow(metric, best, unit, statistic, doc, num, den, count, reference, None)
+        return ScoreRow(
+            metric, best, unit, statistic, doc, num, den, count, reference, None, None, None
+        )
 
     rows = [
         row("l0", None, "sequence", active, tokens, "active latents per token"),
@@ -86,7 +88,7 @@ def add(folder: Path, name: str, entry: Entry, measured: float) -> list[str]:
         "text": DEFINITION["text"],
         "eval": {"name": "core", "version": 1, "params": {}},
     }
-    path = results.write(folder, spec, score_rows(name, entry, measured), {"seconds": 1.0})
+    path = results.write(folder, spec, score_rows(name, entry, measured), [], {"seconds": 1.0})
     geometry = spec | {"eval": {"name": "geometry", "version": 1, "params": {"k": 2}}}
     files = [path]
     if entry.variant == "identity":
@@ -345,9 +347,11 @@ def test_parameters_make_columns_of_their_own(tmp_path):
     paths = []
     for k in (1, 2, 10):
         ones = np.ones(12)
-        row = ScoreRow("auc", "max", "dataset", "ratio", "d", ones * k / 20, ones, 12, None, None)
+        row = ScoreRow(
+            "auc", "max", "dataset", "ratio", "d", ones * k / 20, ones, 12, None, None, None, None
+        )
         spec = {"sae": {"name": "s"}, "eval": {"name": "probing", "version": 1, "params": {"k": k}}}
-        paths.append(results.write(folder, spec, [row], {}))
+        paths.append(results.write(folder, spec, [row], [], {}))
     runs = [f"runs/{path.name}" for path in paths]
     results.write_manifest(folder, "toy", DEFINITION, {"s": entry}, runs)
     read = results.read(folder)
@@ -456,11 +460,26 @@ def test_lines_go_through_frontiers_only(tmp_path):
     for name, (l0, variance) in values.items():
         one = np.ones(20)
         rows = [
-            ScoreRow("l0", None, "sequence", "ratio", "d", one * l0, one, 20, None, None),
-            ScoreRow("ev", "max", "sequence", "ratio", "d", one * variance, one, 20, None, None),
+            ScoreRow(
+                "l0", None, "sequence", "ratio", "d", one * l0, one, 20, None, None, None, None
+            ),
+            ScoreRow(
+                "ev",
+                "max",
+                "sequence",
+                "ratio",
+                "d",
+                one * variance,
+                one,
+                20,
+                None,
+                None,
+                None,
+                None,
+            ),
         ]
         spec = {"sae": {"name": name}, "eval": {"name": "core", "version": 1, "params": {}}}
-        runs.append(f"runs/{results.write(folder, spec, rows, {}).name}")
+        runs.append(f"runs/{results.write(folder, spec, rows, [], {}).name}")
         entries[name] = Entry("trained", "topk", 64, l0, 0, SITE)
     results.write_manifest(folder, "toy", DEFINITION, entries, runs)
     panel = Pareto(y="ev").draw(results.read(folder)).axes[0]

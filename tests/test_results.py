@@ -32,7 +32,18 @@ def spec(sae="topk-16", eval_name="core", version=1, **params):
 
 def row(metric="l0", num=(1.0, 2.0, 4.0), den=(1.0, 1.0, 2.0), **changes):
     made = ScoreRow(
-        metric, None, "sequence", "ratio", "doc", np.array(num), np.array(den), 10, None, None
+        metric,
+        None,
+        "sequence",
+        "ratio",
+        "doc",
+        np.array(num),
+        np.array(den),
+        10,
+        None,
+        None,
+        None,
+        None,
     )
     return made._replace(**changes)
 
@@ -57,7 +68,7 @@ def files(folder: Path) -> set[str]:
 
 def test_a_score_comes_back_as_it_was_written(folder):
     rows = [row(reference=0.5), row("cosine", num=np.arange(50.0), den=np.ones(50), best="max")]
-    path = results.write(folder, spec(k=5, a="x"), rows, {"seconds": 1})
+    path = results.write(folder, spec(k=5, a="x"), rows, [], {"seconds": 1})
     manifest(folder, path)
     read = results.read(folder)
     first, second = read.scores.to_dict("records")
@@ -82,7 +93,7 @@ def test_a_score_comes_back_as_it_was_written(folder):
 
 
 def test_what_has_no_interval_reference_or_direction_is_null_in_the_file(folder):
-    path = results.write(folder, spec(), [row(num=[3.0], den=[2.0])], {})
+    path = results.write(folder, spec(), [row(num=[3.0], den=[2.0])], [], {})
     (score,) = json.loads(path.read_text())["scores"]
     assert score == {
         "metric": "l0",
@@ -95,12 +106,13 @@ def test_what_has_no_interval_reference_or_direction_is_null_in_the_file(folder)
         "n": 10,
         "n_units": 1,
         "reference": None,
+        "ends": None,
         "doc": "doc",
     }
 
 
 def test_the_file_name_says_sae_eval_and_hash(folder):
-    path = results.write(folder, spec(), [row()], {})
+    path = results.write(folder, spec(), [row()], [], {})
     assert path.name == f"topk-16--core--{results.key(spec())}.json"
     assert path == results.run_file(folder, spec())
     assert files(folder) == {f"runs/{path.name}", f"runs/{path.stem}.units.parquet"}
@@ -126,24 +138,24 @@ def test_the_hash_is_that_of_sha256sum():
 )
 def test_a_name_that_could_leave_the_folder_is_refused(folder, name):
     with pytest.raises(UserError, match="cannot name an SAE"):
-        results.write(folder, spec(sae=name), [row()], {})
+        results.write(folder, spec(sae=name), [row()], [], {})
     assert not folder.exists()
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path):
     rng = np.random.default_rng(0)
     rows = [row(m, rng.normal(size=300), np.ones(300)) for m in ("a", "b")]
-    paths = [results.write(tmp_path / side, spec(), rows, {"x": 1}) for side in "pq"]
+    paths = [results.write(tmp_path / side, spec(), rows, [], {"x": 1}) for side in "pq"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     units = [results.units_file(path).read_bytes() for path in paths]
     assert units[0] == units[1]
 
 
 def test_writing_the_same_again_touches_nothing(folder):
-    path = results.write(folder, spec(), [row()], {})
+    path = results.write(folder, spec(), [row()], [], {})
     manifest(folder, path)
     before = {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
-    results.write(folder, spec(), [row()], {})
+    results.write(folder, spec(), [row()], [], {})
     assert not manifest(folder, path)
     assert before == {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
 
@@ -168,13 +180,13 @@ def test_whole_files_say_whether_they_changed(tmp_path):
 )
 def test_a_score_that_is_no_number_is_an_error_that_names_the_metric(folder, bad):
     with pytest.raises(ValueError, match="l0"):
-        results.write(folder, spec(), [row(**bad)], {})
+        results.write(folder, spec(), [row(**bad)], [], {})
     assert not folder.exists()
 
 
 def test_a_metric_given_twice_is_an_error(folder):
     with pytest.raises(ValueError, match="once"):
-        results.write(folder, spec(), [row(), row()], {})
+        results.write(folder, spec(), [row(), row()], [], {})
 
 
 @pytest.mark.parametrize("nth", [1, 2])
@@ -192,7 +204,7 @@ def test_a_full_disk_leaves_nothing_behind_and_says_how_much_is_needed(folder, m
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(UserError, match=r"disk is full.* needed, .* free") as raised:
-        results.write(folder, spec(), [row()], {})
+        results.write(folder, spec(), [row()], [], {})
     assert "topk-16--core" in str(raised.value)
     assert files(folder) == set()
 
@@ -205,7 +217,7 @@ def test_a_json_that_exists_has_its_units(folder, monkeypatch):
         "write_bytes_whole",
         lambda path, data: order.append(path.suffix) or real(path, data),
     )
-    results.write(folder, spec(), [row()], {})
+    results.write(folder, spec(), [row()], [], {})
     assert order == [".parquet", ".json"]
 
 
@@ -226,8 +238,8 @@ def test_a_skip_keeps_its_reason(folder):
 
 
 def test_an_earlier_state_is_kept_and_not_shown_and_a_missing_run_is_named(folder):
-    old = results.write(folder, spec(k=1), [row()], {})
-    new = results.write(folder, spec(k=2), [row()], {})
+    old = results.write(folder, spec(k=1), [row()], [], {})
+    new = results.write(folder, spec(k=2), [row()], [], {})
     planned = results.run_file(folder, spec(k=3))
     manifest(folder, new, planned)
     read = results.read(folder)
@@ -245,7 +257,7 @@ def test_a_folder_without_a_manifest_says_what_to_run(tmp_path):
     "text", ["", "{", "[]", "{}", '{"spec": {}, "provenance": {}}', "\x00", '{"spec": 1}']
 )
 def test_a_broken_run_file_is_named(folder, text):
-    path = results.write(folder, spec(), [row()], {})
+    path = results.write(folder, spec(), [row()], [], {})
     manifest(folder, path)
     path.write_text(text)
     with pytest.raises(UserError, match=path.name):
@@ -270,18 +282,18 @@ def test_a_manifest_does_not_lead_out_of_its_folder(folder):
 
 
 def test_a_run_of_an_unknown_sae_is_an_error(folder):
-    path = results.write(folder, spec(sae="stranger"), [row()], {})
+    path = results.write(folder, spec(sae="stranger"), [row()], [], {})
     manifest(folder, path)
     with pytest.raises(UserError, match="stranger"):
         results.read(folder)
 
 
 def test_the_same_score_twice_is_an_error_and_another_version_is_not(folder):
-    first = results.write(folder, spec(), [row()], {})
-    newer = results.write(folder, spec(version=2), [row()], {})
+    first = results.write(folder, spec(), [row()], [], {})
+    newer = results.write(folder, spec(version=2), [row()], [], {})
     manifest(folder, first, newer)
     assert len(results.read(folder).scores) == 2
-    again = results.write(folder, spec() | {"seed": 1}, [row()], {})
+    again = results.write(folder, spec() | {"seed": 1}, [row()], [], {})
     manifest(folder, first, again)
     with pytest.raises(UserError, match="twice"):
         results.read(folder)
@@ -299,7 +311,7 @@ def test_an_empty_suite_has_an_empty_table_with_all_columns(folder):
 
 def test_units_come_back_as_they_were_written(folder):
     rows = [row(), row("cosine", num=np.arange(3.0), den=np.ones(3))]
-    manifest(folder, results.write(folder, spec(), rows, {}))
+    manifest(folder, results.write(folder, spec(), rows, [], {}))
     found = results.units(results.read(folder), "cosine")["topk-16"]
     np.testing.assert_array_equal(found.ids, [0, 1, 2])
     np.testing.assert_array_equal(found.num, [0, 1, 2])
@@ -307,8 +319,8 @@ def test_units_come_back_as_they_were_written(folder):
 
 
 def test_units_with_names_are_aligned_by_name(folder):
-    a = results.write(folder, spec("a"), [row(ids=("x", "y", "z"))], {})
-    b = results.write(folder, spec("b"), [row(ids=("z", "x", "w"))], {})
+    a = results.write(folder, spec("a"), [row(ids=("x", "y", "z"))], [], {})
+    b = results.write(folder, spec("b"), [row(ids=("z", "x", "w"))], [], {})
     manifest(folder, a, b, saes={"a": ENTRY, "b": ENTRY})
     found = results.on_common_units(results.units(results.read(folder), "l0"))
     assert list(found["a"].ids) == list(found["b"].ids) == ["x", "z"]
@@ -317,7 +329,7 @@ def test_units_with_names_are_aligned_by_name(folder):
 
 
 def test_units_of_a_metric_measured_in_several_ways_need_a_choice(folder):
-    paths = [results.write(folder, spec(k=k), [row(num=[k, k, k])], {}) for k in (1, 5)]
+    paths = [results.write(folder, spec(k=k), [row(num=[k, k, k])], [], {}) for k in (1, 5)]
     manifest(folder, *paths)
     read = results.read(folder)
     with pytest.raises(UserError, match=r"k=1.*k=5"):
@@ -328,7 +340,7 @@ def test_units_of_a_metric_measured_in_several_ways_need_a_choice(folder):
 
 
 def test_units_that_are_gone_are_named(folder):
-    path = results.write(folder, spec(), [row()], {})
+    path = results.write(folder, spec(), [row()], [], {})
     manifest(folder, path)
     results.units_file(path).unlink()
     with pytest.raises(UserError, match="run the suite again"):
@@ -377,7 +389,7 @@ def test_a_million_latents_are_written_and_read_in_a_few_seconds(folder):
     x = np.random.default_rng(0).gamma(2, 1, 1_000_000)
     rows = [row(m, x, np.ones_like(x), unit="latent", statistic="median") for m in ("a", "b")]
     start = time.perf_counter()
-    manifest(folder, results.write(folder, spec(), rows, {}))
+    manifest(folder, results.write(folder, spec(), rows, [], {}))
     found = results.units(results.read(folder), "b")["topk-16"]
     assert time.perf_counter() - start < 5
     np.testing.assert_array_equal(found.num, x)

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Skip, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, Skip, StreamEval, Tally
 
 
 @final
 @dataclass(frozen=True)
-class Fidelity(Eval):
+class Fidelity(StreamEval):
     version: ClassVar = 1
     needs_outcome: ClassVar = True
     metrics: ClassVar = (
@@ -30,17 +30,23 @@ class Fidelity(Eval):
             "max",
             "sequence",
             "share of the loss of zero ablation that is recovered",
+            ends=(0.0, 1.0),
         ),
         Metric(
             "loss_recovered_mean",
             "max",
             "sequence",
             "share of the loss of mean ablation that is recovered",
+            ends=(0.0, 1.0),
         ),
         Metric("ce_loss_increase", "min", "sequence", "rise of the cross-entropy, nats"),
         Metric("kl_divergence", "min", "sequence", "KL(clean || with the SAE), nats"),
         Metric(
-            "top1_agreement", "max", "sequence", "share of positions with the same likeliest token"
+            "top1_agreement",
+            "max",
+            "sequence",
+            "share of positions with the same likeliest token",
+            ends=(0.0, 1.0),
         ),
         Metric("ce_loss_clean", None, "sequence", "cross-entropy of the untouched model, nats"),
         Metric("ce_loss_sae", "min", "sequence", "cross-entropy with the reconstruction, nats"),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Skip, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, Skip, StreamEval, Tally
 
 _ALIGNMENT = "cosine of encoder and decoder direction over live latents"
 _ROWS_FOR_REFERENCE = 2048
@@ -25,7 +25,7 @@ _CHUNK = 2**25
 
 @final
 @dataclass(frozen=True)
-class Geometry(Eval):
+class Geometry(StreamEval):
     sample: int = 16_384
     """Latents whose nearest neighbour among all others is looked for; all of them in SAEs up to this width."""
 

@@ -13,19 +13,29 @@ from typing import ClassVar, final
 import torch
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, StreamEval, Tally
 
 
 @final
 @dataclass(frozen=True)
-class Reconstruction(Eval):
+class Reconstruction(StreamEval):
     version: ClassVar = 1
     metrics: ClassVar = (
         Metric(
-            "explained_variance", "max", "sequence", "1 - squared error / variance of the stream"
+            "explained_variance",
+            "max",
+            "sequence",
+            "1 - squared error / variance of the stream",
+            ends=(0.0, 1.0),
         ),
         Metric("mse", "min", "sequence", "squared error per token, summed over dimensions"),
-        Metric("cosine", "max", "sequence", "mean cosine of activation and reconstruction"),
+        Metric(
+            "cosine",
+            "max",
+            "sequence",
+            "mean cosine of activation and reconstruction",
+            ends=(0.0, 1.0),
+        ),
     )
 
     def start(self, sae: SAE, facts: Facts) -> Tally:

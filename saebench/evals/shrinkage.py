@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Skip, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, Skip, StreamEval, Tally
 
 
 @final
 @dataclass(frozen=True)
-class Shrinkage(Eval):
+class Shrinkage(StreamEval):
     version: ClassVar = 1
     metrics: ClassVar = (
         Metric(

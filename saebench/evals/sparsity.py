@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, StreamEval, Tally
 
 _DENSE = 0.1
 
 
 @final
 @dataclass(frozen=True)
-class Sparsity(Eval):
+class Sparsity(StreamEval):
     version: ClassVar = 1
     metrics: ClassVar = (
         Metric("l0", None, "sequence", "active latents per token"),

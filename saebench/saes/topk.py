@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saebench import sparse
 from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary, Scaling, weight
+from saebench.types import SparseCode
 
 
 @final
@@ -32,6 +34,16 @@ class TopK(Dictionary):
         pre = torch.addmm(self.b_enc, x, self.W_enc)
         top = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+
+    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        chunks = sparse.token_chunks(x, self.d_sae)
+        return sparse.concatenate([self._top(chunk) for chunk in chunks])
+
+    def _top(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        """Straight from the top k, without looking for them in dense codes."""
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
+        columns = pre.topk(self.k, dim=-1, sorted=False).indices.sort(-1).values
+        return sparse.from_columns(columns, pre.gather(-1, columns).relu())
 
     def fold(self, read: Scaling, predicted: Scaling) -> None:
         self._fold_encoder(read, predicted)
