@@ -42,10 +42,10 @@ VARIANTS = (
     "jumprelu",
 )
 PENALTIES = {
-    "relu": (0.1, 0.17, 0.28, 0.4, 0.55),
-    "relu_april": (0.2, 0.35, 0.6, 1.0, 1.6),
-    "gated": (0.15, 0.3, 0.6, 1.2, 2.4),
-    "p_anneal": (0.07, 0.12, 0.18, 0.26, 0.36),
+    "relu": (0.05, 0.08, 0.13, 0.2, 0.3),
+    "relu_april": (0.03, 0.05, 0.08, 0.13, 0.2),
+    "gated": (0.08, 0.12, 0.18, 0.28, 0.42),
+    "p_anneal": (0.025, 0.04, 0.06, 0.085, 0.125),
 }
 """Of the peer's trainers. Those of dictionary_learning_demo (0.006 to 0.08, for models of 512 dimensions and more)
 leave an L0 of 50 and more at 64 dimensions; these hold the L0s wanted here."""
