@@ -14,13 +14,13 @@ on activations of d dimensions:
 The time is an estimate from a short measurement on the device: reading a batch at the sites, resuming above them, one
 training step for each (variant, width) at its mean L0, and one batch of scoring for each width. What would take long
 is measured on fewer tokens, or on fewer latents with proportionally smaller L0, and scaled. Building controls, the
-decoder geometry and plots are left out. Nothing is written.
+decoder geometry, plots and evals that bring their own text are left out. Nothing is written.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,12 +33,12 @@ from torch import Tensor
 from saebench import registry, results, runner, trainer
 from saebench.cache import Cache
 from saebench.progress import Meter
-from saebench.runner import GROUP, Options, Workbench
+from saebench.runner import GROUP, Options, PlannedControl, Workbench
 from saebench.subject import LanguageModel, rows_per_batch
 from saebench.suite import Suite, TrainedSAE
 from saebench.text import TextTokens
 from saebench.trainer import TrainRun
-from saebench.types import Facts, Seen, Site, Skip
+from saebench.types import Facts, Seen, Site, Skip, StreamEval, TextEval
 from saebench.variants._training import Downstream, Lesson, Task
 
 _ENOUGH_SECONDS = 0.4
@@ -65,6 +65,8 @@ class Scored(NamedTuple):
     """What it reads and what it predicts."""
     width: int
     l0: float
+    untrained_lm: bool = False
+    """Whether it is one of the LM before its training, as a control."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +129,22 @@ class Work:
     def groups_at(self, place: tuple[Site, Site]) -> int:
         return math.ceil(sum(sae.place == place for sae in self.scored) / GROUP)
 
+    def models_at(self, place: tuple[Site, Site]) -> int:
+        """2 where controls look at the LM before its training too."""
+        return len({sae.untrained_lm for sae in self.scored if sae.place == place})
+
     def reads(self, place: tuple[Site, Site]) -> int:
         """Passes of the LM over the evaluation text up to the sites."""
-        return 1 if self.cached else 2 + self.groups_at(place)
+        once = 1 if self.cached else 2
+        again = 0 if self.cached else self.groups_at(place)
+        return once * self.models_at(place) + again
 
     def resumes(self, place: tuple[Site, Site]) -> int:
         """Passes of the LM over the evaluation text from the predicted site on."""
-        if not any(eval_.value.needs_outcome for eval_ in self.suite.evals):
+        if not any(eval_.needs_outcome for eval_ in _streamed(self.suite)):
             return 0
         n = sum(sae.place == place for sae in self.scored)
-        return _REFERENCES + self.groups_at(place) + n
+        return _REFERENCES * self.models_at(place) + self.groups_at(place) + n
 
 
 class Parts(NamedTuple):
@@ -174,6 +182,11 @@ class Pace(NamedTuple):
     """What was measured smaller than it is."""
 
 
+def _streamed(suite: Suite) -> list[StreamEval]:
+    """Evals on the suite's evaluation text, whose cost is counted here."""
+    return [eval_.value for eval_ in suite.evals if isinstance(eval_.value, StreamEval)]
+
+
 def plan(suite: Suite, suite_file: Path, options: Options) -> list[str]:
     """What `runner.run` would do, and its cost on this device, in lines."""
     work = _open(suite, suite_file, options)
@@ -194,7 +207,7 @@ def _open(suite: Suite, suite_file: Path, options: Options) -> Work:
         return _unread(suite, suite_file, writes_nothing, options)
     bench = Workbench(suite, suite_file, writes_nothing)
     runner.check_chosen(options.only, bench.names())
-    runs = bench.train_runs()
+    runs, controls = bench.train_runs(), bench.controls()
     candidates = bench.candidates()
     to_do = {
         run.candidate.name
@@ -208,8 +221,8 @@ def _open(suite: Suite, suite_file: Path, options: Options) -> Work:
         suite,
         options,
         bench.subject,
-        chosen=[run for run in runs if runner.chosen(run.sae.name, options.only)],
-        scored=[sae for sae in _all_scored(suite, bench.subject, runs) if sae.name not in done],
+        chosen=_chosen(options, runs, controls),
+        scored=[s for s in _all_scored(suite, bench.subject, runs, controls) if s.name not in done],
         train_rows=rows,
         eval_rows=len(bench.tokens.evaluation),
         text_read=True,
@@ -226,18 +239,27 @@ def _unread(suite: Suite, suite_file: Path, writes_nothing: Options, options: Op
     for site in suite.all_sites():
         lm.check_site(site)
     runs = [_run(suite, lm, sae) for sae in suite.trained()]
-    scored = _all_scored(suite, lm, runs)
+    controls = runner.planned_controls(suite, loaded, runs)
+    scored = _all_scored(suite, lm, runs, controls)
     runner.check_chosen(options.only, [*(r.sae.name for r in runs), *(s.name for s in scored)])
     return _work(
         suite,
         options,
         lm,
-        chosen=[run for run in runs if runner.chosen(run.sae.name, options.only)],
+        chosen=_chosen(options, runs, controls),
         scored=scored,
         train_rows=math.ceil(suite.text.train_tokens / context),
         eval_rows=math.ceil(suite.text.eval_tokens / context),
         text_read=False,
     )
+
+
+def _chosen(
+    options: Options, runs: Sequence[TrainRun], controls: Sequence[PlannedControl]
+) -> list[TrainRun]:
+    """All that is to be trained, controls included."""
+    trained = [*runs, *(control.run for control in controls if control.run is not None)]
+    return [run for run in trained if runner.chosen(run.sae.name, options.only)]
 
 
 def _run(suite: Suite, lm: LanguageModel, sae: TrainedSAE) -> TrainRun:
@@ -280,7 +302,8 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
         missing,
         [
             group
-            for stage in trainer.stages(missing)
+            for on_one_model in _by_model(missing, lm)
+            for stage in trainer.stages(on_one_model)
             for group in trainer.split_groups(stage, widths, budget)
         ],
         [sae for sae in scored if runner.chosen(sae.name, options.only)],
@@ -291,24 +314,28 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
     )
 
 
-def _all_scored(suite: Suite, lm: LanguageModel, runs: Sequence[TrainRun]) -> list[Scored]:
+def _by_model(runs: Sequence[TrainRun], lm: LanguageModel) -> list[list[TrainRun]]:
+    """Those on the suite's LM, and controls on the same before its training."""
+    return [[r for r in runs if (r.model == lm.identity) == here] for here in (True, False)]
+
+
+def _all_scored(
+    suite: Suite, lm: LanguageModel, runs: Sequence[TrainRun], controls: Sequence[PlannedControl]
+) -> list[Scored]:
     """Trained SAEs, checkpoints (of a width that is not known here: that of the site) and controls."""
     trained = [Scored(r.sae.name, (r.sae.site, r.sae.target), r.sae.width, r.sae.l0) for r in runs]
     first = suite.sites[0]
     d = lm.width(first)
     given = [Scored(c.name, (first, first), d, float(d)) for c in suite.checkpoints()]
-    return [*trained, *given, *_controls(suite, lm, runs)]
+    return [*trained, *given, *(_scored_control(lm, control) for control in controls)]
 
 
-def _controls(suite: Suite, lm: LanguageModel, runs: Sequence[TrainRun]) -> Iterator[Scored]:
-    for site in suite.sites:
-        asked = [runner.asked_of(r) for r in runs if r.sae.site == r.sae.target == site]
-        after = f"-{site}" if len(suite.sites) > 1 else ""
-        d = lm.width(site)
-        for control in suite.controls:
-            for planned in control.value.plan(asked):
-                name = control.name + planned.suffix + after
-                yield Scored(name, (site, site), planned.width or d, float(planned.l0 or d))
+def _scored_control(lm: LanguageModel, control: PlannedControl) -> Scored:
+    planned, site = control.planned, control.site
+    d = lm.width(site)
+    aside = control.run is not None and control.run.model != lm.identity
+    width, l0 = planned.width or d, float(planned.l0 or d)
+    return Scored(control.name, (site, site), width, l0, aside)
 
 
 # What is counted
@@ -652,10 +679,10 @@ def _score(work: Work, sae: Any, batch: Any) -> None:
     d_out, site = batch.target.shape[1], work.suite.sites[0]
     mean = torch.zeros(d_out, dtype=torch.float64, device=batch.x.device)
     facts = Facts(site, site, work.eval_rows, work.eval_tokens, mean)
-    for eval_ in work.suite.evals:
-        if not eval_.value.needs_outcome:
+    for eval_ in _streamed(work.suite):
+        if not eval_.needs_outcome:
             try:
-                eval_.value.start(sae, facts).update(seen)
+                eval_.start(sae, facts).update(seen)
             except Skip:
                 continue
 
@@ -747,7 +774,13 @@ def _time(work: Work) -> list[str]:
         f"{_duration(found.score_saes)}); an estimate from a measurement of {pace.took:.1f} seconds on "
         f"{_device_name(work.options.device)}",
         *(f"  {note}" for note in pace.cut),
+        *_left_out(work.suite),
     ]
+
+
+def _left_out(suite: Suite) -> list[str]:
+    names = [eval_.name for eval_ in suite.evals if isinstance(eval_.value, TextEval)]
+    return [f"  {', '.join(names)}: on texts of their own, not in the estimate"] if names else []
 
 
 def _names(work: Work) -> list[str]:

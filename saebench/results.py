@@ -456,8 +456,9 @@ def _parquet(rows: Sequence[ScoreRow]) -> bytes:
         "den": _flat([row.den for row in rows]),
     }
     if any(row.clusters is not None for row in rows):
-        clusters = [row.clusters or [None] * len(row.num) for row in rows]
-        columns["cluster"] = pa.array([name for part in clusters for name in part], pa.string())
+        nobody: tuple[None] = (None,)
+        named_from = [name for r in rows for name in r.clusters or nobody * len(r.num)]
+        columns["cluster"] = pa.array(named_from, pa.string())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink, compression="zstd")
     return bytes(sink.getvalue())
@@ -633,7 +634,7 @@ def units_in(run: Path, metric: str) -> Units:
 def column(units: Units | ScoreRow, statistic: Statistic) -> stats.Column:
     """What is resampled: the units, or what they are from where several are from one source."""
     whole = stats.Column(units.num, units.den, statistic)
-    return whole if units.clusters is None else stats.clustered(whole, units.clusters)
+    return whole if units.clusters is None else stats.clustered(whole, list(units.clusters))
 
 
 def _describe_params(params: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,9 @@ from transformers import PreTrainedTokenizerBase
 import saebench
 from saebench import registry, results, trainer
 from saebench.cache import Cache
-from saebench.controls._control import Asked, Material, Planned
+from saebench.controls._control import Asked, Material, Planned, TrainedControl
 from saebench.errors import UserError
+from saebench.lab import ModelLab
 from saebench.progress import Meter, say
 from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
@@ -43,6 +44,8 @@ from saebench.subject import (
     load_model,
     random_model,
     rows_per_batch,
+    untrained,
+    untrained_identity,
 )
 from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, twice
 from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
@@ -52,13 +55,16 @@ from saebench.types import (
     Batch,
     Eval,
     Omitted,
+    Reading,
     Score,
     Seen,
     Site,
     Skip,
     SparseCode,
     Spec,
+    StreamEval,
     Tally,
+    TextEval,
 )
 
 log = logging.getLogger(__name__)
@@ -95,6 +101,10 @@ class Candidate:
     checksum: str
     """Of its weights; of a control, of everything that determines them."""
     load: Callable[[], SAE]
+    untrained_lm: bool = False
+    """Whether it is one of the language model before its training, and is scored there."""
+    shuffled: bool = False
+    """Whether it is scored with labels that were dealt out anew, and with nothing else."""
 
 
 class EvalRun(NamedTuple):
@@ -106,6 +116,27 @@ class EvalRun(NamedTuple):
     spec: Spec
 
 
+class PlannedControl(NamedTuple):
+    """A control SAE of a suite, before it is built or trained."""
+
+    name: str
+    control: Plugin
+    planned: Planned
+    site: Site
+    run: TrainRun | None
+    """Of one that is trained."""
+
+
+class Stage(NamedTuple):
+    """A language model with the suite's text."""
+
+    subject: LanguageModel
+    stream: Stream
+    """Of its activations, to train on."""
+    lab: ModelLab
+    """For evals that bring their own text."""
+
+
 class Workbench:
     """A suite with its model and text open."""
 
@@ -114,34 +145,77 @@ class Workbench:
         if options.cache is not None:
             results.make_folder(options.cache)
         self.folder = options.results / suite.name
-        loaded = open_model(suite, suite_file, options)
-        self.tokens = open_text(suite, suite_file, loaded.tokenizer)
-        rows = rows_per_batch(loaded.model, suite.text.context)
-        self.subject = LanguageModel(
-            loaded.model, self.tokens, loaded.identity, Cache(options.cache), rows
-        )
+        self.loaded = open_model(suite, suite_file, options)
+        self.tokens = open_text(suite, suite_file, self.loaded.tokenizer)
+        self._folder = suite_file.parent
+        self.stage = self._stage(self.loaded)
+        self.subject, self.stream = self.stage.subject, self.stage.stream
         for site in suite.all_sites():
             self.subject.check_site(site)
         self._given = [self._checkpoint(given, suite_file) for given in suite.checkpoints()]
-        self.stream = Stream(
-            self.subject,
-            suite.all_sites(),
+        self._readings: dict[TextEval, Reading] = {}
+        self._prepared: dict[tuple[TextEval, bool, Site], Any] = {}
+
+    @cached_property
+    def untrained_stage(self) -> Stage:
+        """The same architecture with random weights, on the same text."""
+        return self._stage(untrained(self.loaded))
+
+    def _stage(self, loaded: LoadedModel) -> Stage:
+        rows = rows_per_batch(loaded.model, self.suite.text.context)
+        cache = Cache(self.options.cache)
+        subject = LanguageModel(loaded.model, self.tokens, loaded.identity, cache, rows)
+        stream = Stream(
+            subject,
+            self.suite.all_sites(),
             self.tokens.train,
             special_mask(self.tokens.train, self.tokens.special_ids),
-            tokens=suite.text.train_tokens,
-            batch_tokens=suite.training.batch_tokens,
-            buffer_tokens=suite.training.buffer_tokens,
+            tokens=self.suite.text.train_tokens,
+            batch_tokens=self.suite.training.batch_tokens,
+            buffer_tokens=self.suite.training.buffer_tokens,
             rows_at_a_time=rows,
         )
+        return Stage(subject, stream, ModelLab(subject, loaded.tokenizer, self._folder))
+
+    def stage_of(self, candidate: Candidate) -> Stage:
+        return self.untrained_stage if candidate.untrained_lm else self.stage
+
+    def train(self, runs: Sequence[TrainRun]) -> None:
+        """What is missing of these, on the language model that each of them is for."""
+        here = [run for run in runs if run.model == self.subject.identity]
+        aside = [run for run in runs if run.model != self.subject.identity]
+        trainer.train_missing(here, self.stream, self.options.checkpoints, self.options.device)
+        if any(not run.done(self.options.checkpoints) for run in aside):
+            stream = self.untrained_stage.stream
+            trainer.train_missing(aside, stream, self.options.checkpoints, self.options.device)
+
+    def reading(self, eval_: TextEval) -> Reading:
+        """The text that an eval brings, read once."""
+        if eval_ not in self._readings:
+            self._readings[eval_] = eval_.read(self.stage.lab)
+        return self._readings[eval_]
+
+    def prepared(self, eval_: TextEval, candidate: Candidate) -> Any:
+        """The model's part of an eval at the site that an SAE reads, computed once."""
+        key = (eval_, candidate.untrained_lm, candidate.site)
+        if key not in self._prepared:
+            lab, reading = self.stage_of(candidate).lab, self.reading(eval_)
+            self._prepared[key] = eval_.prepare(lab, reading, candidate.site)
+        return self._prepared[key]
 
     def train_runs(self) -> list[TrainRun]:
+        """Of the suite's own SAEs."""
         return [self._train_run(sae) for sae in self.suite.trained()]
+
+    def controls(self) -> list[PlannedControl]:
+        return planned_controls(self.suite, self.loaded, self.train_runs())
 
     def candidates(self) -> list[Candidate]:
         """SAEs that are trained by now, checkpoints and controls, in the suite's order."""
         runs = self.train_runs()
         trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
-        found = [*trained, *self._given, *self._controls(runs)]
+        controls = filter(None, map(self._control, self.controls()))
+        found = [*trained, *self._given, *controls]
         if again := twice([candidate.name for candidate in found]):
             raise UserError(
                 f"two SAEs of the suite would be called {again!r}; give the checkpoint another "
@@ -151,13 +225,16 @@ class Workbench:
 
     def names(self) -> list[str]:
         """Of what is trained, and of all that can be scored by now."""
-        return [*(r.sae.name for r in self.train_runs()), *(c.name for c in self.candidates())]
+        trained = [run.sae.name for run in self.train_runs()]
+        controls = [control.name for control in self.controls()]
+        return [*trained, *controls, *(c.name for c in self.candidates())]
 
     def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
         return [
             EvalRun(candidate, name, eval_, self._spec(candidate, name, eval_))
             for candidate in candidates
             for name, eval_ in self.suite.evals
+            if isinstance(eval_, TextEval) or not candidate.shuffled
         ]
 
     def _train_run(self, sae: TrainedSAE) -> TrainRun:
@@ -203,62 +280,59 @@ class Workbench:
         trained = [(sae.site, sae.target) for sae in self.suite.trained()]
         return list(dict.fromkeys([*((site, site) for site in self.suite.sites), *trained]))
 
-    def _controls(self, runs: Sequence[TrainRun]) -> list[Candidate]:
-        several = len(self.suite.sites) > 1
-        found = []
-        for site in self.suite.sites:
-            here = {r.sae.name: r for r in runs if r.sae.site == r.sae.target == site}
-            asked = [asked_of(run) for run in here.values()]
-            for control in self.suite.controls:
-                for planned in control.value.plan(asked):
-                    parent = planned.parent and here[planned.parent.name]
-                    if parent and not parent.done(self.options.checkpoints):
-                        continue
-                    name = control.name + planned.suffix + (f"-{site}" if several else "")
-                    found.append(self._control(name, control, planned, site, here))
-        return found
-
-    def _control(
-        self,
-        name: str,
-        control: Plugin,
-        planned: Planned,
-        site: Site,
-        runs: dict[str, TrainRun],
-    ) -> Candidate:
+    def _control(self, planned: PlannedControl) -> Candidate | None:
+        """None where what it needs is not trained yet."""
+        name, control, plan, site, run_ = planned
+        kind = control.value.kind
+        entry = Entry(kind, control.name, plan.width, plan.l0, None, str(site))
+        if run_ is not None:
+            if not run_.done(self.options.checkpoints):
+                return None
+            folder = run_.folder(self.options.checkpoints)
+            checksum = run_.checksum(self.options.checkpoints)
+            aside = control.value.untrained_lm
+            return Candidate(name, entry, site, site, checksum, lambda: _native(folder), aside)
+        parents = {run.sae.name: run for run in self.train_runs() if run.sae.site == site}
+        if plan.parent and not parents[plan.parent.name].done(self.options.checkpoints):
+            return None
         spec = {
             "control": control.name,
             "version": CONTROLS_VERSION,
             "parameters": dataclasses.asdict(control.value),
-            "planned": planned._asdict() | {"parent": planned.parent and planned.parent.identity},
+            "planned": plan._replace(parent=None)._asdict()
+            | {"parent": plan.parent and plan.parent.identity},
             "site": str(site),
             "model": self.subject.identity,
             "text": self.tokens.fingerprint_train,
             "buffer_tokens": self.suite.training.buffer_tokens,
         }
-        entry = Entry("control", control.name, planned.width, planned.l0, None, str(site))
 
         def load() -> SAE:
             x = self.stream.calibration(site, _CALIBRATION_TOKENS).cpu()
             material = Material(
-                x, lambda parent: _native(runs[parent].folder(self.options.checkpoints))
+                x, lambda parent: _native(parents[parent].folder(self.options.checkpoints))
             )
             with torch.no_grad():
-                sae: SAE = control.value.build(planned, material)
+                sae: SAE = control.value.build(plan, material)
             return sae
 
-        return Candidate(name, entry, site, site, f"made:{results.key(spec)}", load)
+        made = f"made:{results.key(spec)}"
+        return Candidate(name, entry, site, site, made, load, shuffled=control.value.shuffled)
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
+        stage = self.stage_of(candidate)
+        text: Spec = {
+            "fingerprint": self.tokens.fingerprint_eval,
+            "context": self.tokens.context,
+            "sequences": len(self.tokens.evaluation),
+        }
+        if isinstance(eval_, TextEval):
+            text = {"fingerprint": self.reading(eval_).fingerprint}
         return {
             "sae": {"name": candidate.name, "checksum": candidate.checksum},
             "site": _where(candidate.site, candidate.target),
-            "model": self.subject.identity,
-            "text": {
-                "fingerprint": self.tokens.fingerprint_eval,
-                "context": self.tokens.context,
-                "sequences": len(self.tokens.evaluation),
-            },
+            "model": stage.subject.identity,
+            "text": text,
             "eval": {
                 "name": eval_name,
                 "version": eval_.version,
@@ -274,13 +348,11 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
     with results.lock(bench.folder):
         # What is wrong with checkpoints and controls shows before hours of training.
         check_chosen(options.only, bench.names())
-        wanted = with_parents([r for r in bench.train_runs() if chosen(r.sae.name, options.only)])
-        trainer.train_missing(wanted, bench.stream, options.checkpoints, options.device)
-        untrained = sum(not r.done(options.checkpoints) for r in bench.train_runs())
-        if untrained:
-            say(
-                f"{untrained} SAEs that --only leaves out are not trained yet, and not in the tables"
-            )
+        trained = [*bench.train_runs(), *(c.run for c in bench.controls() if c.run is not None)]
+        bench.train(with_parents([r for r in trained if chosen(r.sae.name, options.only)]))
+        missing = sum(not r.done(options.checkpoints) for r in trained)
+        if missing:
+            say(f"{missing} SAEs that --only leaves out are not trained yet, and not in the tables")
         runs = bench.eval_runs(bench.candidates())
         to_do = [r for r in runs if _to_do(bench, r)]
         _write_manifest(bench, runs)
@@ -297,7 +369,39 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
 def asked_of(run_: TrainRun) -> Asked:
     """A trained SAE as controls see it."""
     sae = run_.sae
-    return Asked(sae.name, sae.variant, sae.width, sae.l0, results.key(run_.spec()), sae.site)
+    key = results.key(run_.spec())
+    return Asked(sae.name, sae.variant, sae.width, sae.l0, key, sae.site, sae.recipe)
+
+
+def planned_controls(
+    suite: Suite, loaded: LoadedModel, runs: Sequence[TrainRun]
+) -> list[PlannedControl]:
+    """All controls of a suite that trains these."""
+    found = []
+    for site in suite.sites:
+        here = {r.sae.name: r for r in runs if r.sae.site == r.sae.target == site}
+        asked = [asked_of(run_) for run_ in here.values()]
+        after = f"-{site}" if len(suite.sites) > 1 else ""
+        for control in suite.controls:
+            for planned in control.value.plan(asked):
+                name = control.name + planned.suffix + after
+                run_ = None
+                if isinstance(control.value, TrainedControl):
+                    assert planned.parent is not None, "planned from a trained SAE"
+                    run_ = _control_run(name, control, here[planned.parent.name], loaded)
+                found.append(PlannedControl(name, control, planned, site, run_))
+    return found
+
+
+def _control_run(name: str, control: Plugin, parent: TrainRun, loaded: LoadedModel) -> TrainRun:
+    """The parent's training with something taken away."""
+    aside = control.value.untrained_lm
+    return dataclasses.replace(
+        parent,
+        sae=parent.sae._replace(name=name, family=control.name),
+        model=untrained_identity(loaded) if aside else parent.model,
+        frozen=control.value.frozen,
+    )
 
 
 def with_parents(runs: Sequence[TrainRun]) -> list[TrainRun]:
@@ -307,14 +411,22 @@ def with_parents(runs: Sequence[TrainRun]) -> list[TrainRun]:
 
 
 def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
-    """Scores in groups that share a pass over the evaluation text. Returns how many runs failed."""
+    """Returns how many runs failed; the others are finished and kept."""
+    streamed = [run_ for run_ in runs if isinstance(run_.eval, StreamEval)]
+    texts = [run_ for run_ in runs if isinstance(run_.eval, TextEval)]
+    return _score_stream(bench, streamed) + _score_texts(bench, texts)
+
+
+def _score_stream(bench: Workbench, runs: Sequence[EvalRun]) -> int:
+    """In groups that share a pass over the evaluation text."""
     if not runs:
         return 0
     failed = 0
-    by_place: dict[tuple[Site, Site], dict[str, list[EvalRun]]] = {}
+    by_place: dict[tuple[bool, Site, Site], dict[str, list[EvalRun]]] = {}
     for run_ in runs:
-        here = by_place.setdefault((run_.candidate.site, run_.candidate.target), {})
-        here.setdefault(run_.candidate.name, []).append(run_)
+        candidate = run_.candidate
+        place = (candidate.untrained_lm, candidate.site, candidate.target)
+        by_place.setdefault(place, {}).setdefault(candidate.name, []).append(run_)
     n_saes = sum(map(len, by_place.values()))
     tokens = bench.subject.n_tokens
     with Meter(f"scoring {n_saes} SAEs", n_saes * tokens, "tokens") as meter:
@@ -323,6 +435,51 @@ def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
             for start in range(0, len(jobs), GROUP):
                 failed += _score_group(bench, jobs[start : start + GROUP], meter)
     return failed
+
+
+def _score_texts(bench: Workbench, runs: Sequence[EvalRun]) -> int:
+    """With evals that bring their own text: the model's part first, for all SAEs of a site."""
+    if not runs:
+        return 0
+    failures = _Failures()
+    by_sae: dict[str, list[EvalRun]] = {}
+    for run_ in runs:
+        by_sae.setdefault(run_.candidate.name, []).append(run_)
+        with failures.noting([run_]):
+            bench.prepared(_own_text(run_), run_.candidate)
+    with Meter(f"scoring {len(by_sae)} SAEs on texts of evals", len(runs), "runs") as meter:
+        for job in by_sae.values():
+            left = [run_ for run_ in job if not failures.has([run_])]
+            with failures.noting(left):
+                sae = _on_device(job[0].candidate.load(), bench.options.device)
+            for run_ in job:
+                if not failures.has([run_]):
+                    with failures.noting([run_]):
+                        _score_text(bench, run_, sae)
+                meter.advance(1)
+    return failures.count
+
+
+def _score_text(bench: Workbench, run_: EvalRun, sae: SAE) -> None:
+    began = time.perf_counter()
+    eval_, candidate = _own_text(run_), run_.candidate
+
+    def provenance() -> Spec:
+        took = round(time.perf_counter() - began, 3)
+        return _provenance(bench.options.device) | {"seconds": took}
+
+    try:
+        with torch.no_grad():
+            found = eval_.scores(sae, bench.prepared(eval_, candidate), candidate.shuffled)
+    except Skip as reason:
+        results.write_skip(bench.folder, run_.spec, str(reason), provenance())
+        return
+    _write(bench, run_, found, provenance())
+
+
+def _own_text(run_: EvalRun) -> TextEval:
+    assert isinstance(run_.eval, TextEval), "the other kind is scored on the stream"
+    return run_.eval
 
 
 def write_reports(suite: Suite, folder: Path) -> None:
@@ -355,14 +512,16 @@ class _Scoring:
         candidate = runs[0].candidate
         self.sae = _on_device(candidate.load(), bench.options.device)
         self.seconds = 0.0
-        facts = bench.subject.facts(candidate.site, candidate.target)
+        facts = bench.stage_of(candidate).subject.facts(candidate.site, candidate.target)
         self.tallies: list[tuple[EvalRun, Tally]] = []
+        self.needs_outcome = False
         for run_ in runs:
+            assert isinstance(run_.eval, StreamEval), "the other kind is scored on its own text"
             try:
                 self.tallies.append((run_, run_.eval.start(self.sae, facts)))
+                self.needs_outcome |= run_.eval.needs_outcome
             except Skip as reason:
                 self._skip(run_, reason)
-        self.needs_outcome = any(run_.eval.needs_outcome for run_, _ in self.tallies)
 
     def update(self, batch: Batch) -> None:
         began = time.perf_counter()
@@ -400,13 +559,14 @@ def _write(
 def _score_group(bench: Workbench, jobs: Sequence[Sequence[EvalRun]], meter: Meter) -> int:
     """Of SAEs that read one site and predict one site."""
     place = jobs[0][0].candidate
+    subject = bench.stage_of(place).subject
     scorings: list[_Scoring] = []
     failures = _Failures()
     for runs in jobs:
         with failures.noting(runs):
             scorings.append(_Scoring(bench, runs))
     with torch.no_grad():
-        for batch in bench.subject.evaluation(place.site, place.target):
+        for batch in subject.evaluation(place.site, place.target):
             for scoring in list(scorings):
                 with failures.noting(scoring.runs):
                     scoring.update(batch)
@@ -425,7 +585,7 @@ class _Failures:
 
     def __init__(self) -> None:
         self.count = 0
-        self._failed: set[str] = set()
+        self._failed: set[tuple[str, str]] = set()
 
     @contextmanager
     def noting(self, runs: Sequence[EvalRun]) -> Iterator[None]:
@@ -434,13 +594,13 @@ class _Failures:
         except UserError:
             raise
         except Exception:
-            name = runs[0].candidate.name
-            log.exception("scoring %s failed", name)
-            self._failed.add(name)
+            log.exception("scoring %s failed", runs[0].candidate.name)
+            self._failed |= {(r.candidate.name, r.eval_name) for r in runs}
             self.count += len(runs)
 
     def has(self, runs: Sequence[EvalRun]) -> bool:
-        return runs[0].candidate.name in self._failed
+        """Whether any of them has failed."""
+        return any((r.candidate.name, r.eval_name) in self._failed for r in runs)
 
 
 def weights_checksum(sae: SAE) -> str:

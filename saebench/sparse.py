@@ -35,8 +35,21 @@ _ROWS = 64
 
 def from_dense(z: Float[Tensor, "n d_sae"]) -> SparseCode:
     """The entries that are not zero."""
-    rows, columns = _nonzero(z != 0)
+    rows, columns = nonzero(z != 0)
     return SparseCode(columns, z[rows, columns], _offsets(rows, len(z)))
+
+
+def from_pairs(
+    rows: Int[Tensor, " pairs"],
+    columns: Int[Tensor, " pairs"],
+    values: Float[Tensor, " pairs"],
+    n: int,
+) -> SparseCode:
+    """Of n tokens, from pairs sorted by token and latent; those that are zero are left out."""
+    active = values != 0
+    if not bool(active.all()):
+        rows, columns, values = rows[active], columns[active], values[active]
+    return SparseCode(columns, values, _offsets(rows, n))
 
 
 def from_columns(columns: Int[Tensor, "n k"], values: Float[Tensor, "n k"]) -> SparseCode:
@@ -217,7 +230,7 @@ class _ByLatent(NamedTuple):
 
 def select(pre: Float[Tensor, "n d_sae"], mask: Bool[Tensor, "n d_sae"]) -> Everything | Pairs:
     """The pairs of a mask, or all pairs where the mask is too dense for sparse products to pay."""
-    rows, columns = _nonzero(mask)
+    rows, columns = nonzero(mask)
     if len(rows) > DENSE_ABOVE * mask.numel():
         return Everything(pre)
     return Pairs(pre, rows, columns)
@@ -237,9 +250,9 @@ def top_of_batch(
 
     Exact for any guess, and quick where `guess` is a little below the answer: only the entries above it are sorted.
     """
-    rows, columns = _nonzero(pre > guess.clamp_min(0))
+    rows, columns = nonzero(pre > guess.clamp_min(0))
     if len(rows) < count and guess > 0:
-        rows, columns = _nonzero(pre > 0)
+        rows, columns = nonzero(pre > 0)
     values = pre[rows, columns]
     if len(values) > count:
         kept = values.topk(count, sorted=False).indices.sort().values
@@ -247,7 +260,8 @@ def top_of_batch(
     return Pairs(pre, rows, columns), values.min() if len(values) else guess
 
 
-def _nonzero(mask: Bool[Tensor, "n d_sae"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+def nonzero(mask: Bool[Tensor, "n d_sae"]) -> tuple[Int[Tensor, " nnz"], Int[Tensor, " nnz"]]:
+    """Rows and columns of what is true, row after row."""
     if mask.device.type == "cpu":  # NumPy's search is several times faster than torch's here
         flat = torch.from_numpy(np.flatnonzero(mask.numpy()))
         return flat // mask.shape[1], flat % mask.shape[1]

@@ -136,6 +136,25 @@ def random_model(config: dict[str, Any], tokenizer: str, dtype: str, device: str
     return LoadedModel(place_on(device), words, identity)
 
 
+def untrained(loaded: LoadedModel) -> LoadedModel:
+    """The same architecture and tokenizer with its own random initial weights, drawn as in `random_model`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        model = AutoModelForCausalLM.from_config(loaded.model.config, dtype=loaded.model.dtype)
+    model.requires_grad_(False)
+    place_on: Any = model.eval().to
+    return LoadedModel(place_on(loaded.model.device), loaded.tokenizer, untrained_identity(loaded))
+
+
+def untrained_identity(loaded: LoadedModel) -> Spec:
+    """Of the model that `untrained` gives."""
+    return {
+        "id": f"untrained:{loaded.identity['id']}",
+        "revision": f"sha256:{_config_sha256(loaded.model.config)}",
+        "dtype": loaded.identity["dtype"],
+    }
+
+
 def _brief(error: Exception) -> str:
     """transformers lists all of its models in some messages."""
     return " ".join(str(error).split())[:200]
@@ -507,18 +526,29 @@ class LanguageModel:
         for start in range(0, len(self.eval_rows), self.batch_rows):
             yield start, self.eval_rows[start : start + self.batch_rows].to(self.device)
 
-    def _spec(self, kind: str, site: Site) -> Spec:
+    def numerics(self, site: Site) -> Spec:
+        """What determines activations at a site, but for the text."""
         return {
-            "kind": kind,
             "site": str(site),
             "model": self.identity,
-            "text": self.tokens.fingerprint_eval,
-            "rows": len(self.eval_rows),
-            "batch_rows": self.batch_rows,
             "dtype": str(self.dtype),
             "attention": str(_text_config(self.model)._attn_implementation),
             "device": self.device.type,
             "versions": [torch.__version__, transformers.__version__],
+        }
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that the model has positions for; None where its config does not say."""
+        found = getattr(_text_config(self.model), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+    def _spec(self, kind: str, site: Site) -> Spec:
+        return self.numerics(site) | {
+            "kind": kind,
+            "text": self.tokens.fingerprint_eval,
+            "rows": len(self.eval_rows),
+            "batch_rows": self.batch_rows,
         }
 
     def _array_key(self, site: Site) -> tuple[Spec, tuple[int, ...], torch.dtype]:

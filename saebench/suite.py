@@ -33,7 +33,7 @@ from pydantic import (
 from saebench import registry
 from saebench.errors import UserError
 from saebench.sites import parse_site
-from saebench.types import Site, Spec
+from saebench.types import Site, Spec, TextEval
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _MOST_VALUES = 10_000
@@ -349,6 +349,19 @@ class Suite(_Strict):
                 if name.partition("[")[0] not in known:
                     message = f"{report.name} draws a metric that no eval of the suite gives: "
                     raise _Wrong(message + _nearest(name, known), "reports", str(number))
+        return self
+
+    @model_validator(mode="after")
+    def _labels(self) -> "Suite":
+        if not any(isinstance(eval_.value, TextEval) for eval_ in self.evals):
+            for number, control in enumerate(self.controls):
+                if getattr(control.value, "shuffled", False):
+                    raise _Wrong(
+                        f"{control.name} is scored by evals that learn from labels alone; add one, such as "
+                        "sparse_probing, or drop the control",
+                        "controls",
+                        str(number),
+                    )
         return self
 
     @model_validator(mode="after")

@@ -35,7 +35,14 @@ from saebench.progress import Meter, say
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.suite import TrainedSAE
 from saebench.types import Site, Spec
-from saebench.variants._training import Downstream, Lesson, Task, Training, Variant
+from saebench.variants._training import (
+    DictionaryTraining,
+    Downstream,
+    Lesson,
+    Task,
+    Training,
+    Variant,
+)
 
 VERSION = 2
 """Raised by every change that can move a trained weight."""
@@ -95,10 +102,13 @@ class TrainRun:
     """Of the batches."""
     parent: "TrainRun | None" = None
     """The SAE that it starts from."""
+    frozen: bool = False
+    """Whether the decoder stays at its random start, for a control."""
 
     def spec(self) -> Spec:
         sae = self.sae
-        return {
+        taken_away = {"frozen_decoder": True} if self.frozen else {}
+        return taken_away | {
             "trainer": VERSION,
             "model": self.model,
             "site": str(sae.site),
@@ -318,6 +328,9 @@ class _Pupil:
         self.run, self.stream, self.step = run, stream, 0
         self.folder, self.device = run.folder(checkpoints), device
         self.training: Training = run.sae.recipe.start(self._task(checkpoints)).to(device)
+        if run.frozen:
+            assert isinstance(self.training, DictionaryTraining), "planned from one with a decoder"
+            self.training.freeze_decoder()
         self.optimizer = optimizer_of(self.training, run.sae.recipe)
         precise = run.sae.recipe.float32 or run.dtype == "float32"
         self.dtype = torch.float32 if precise else torch.bfloat16

@@ -14,11 +14,12 @@ ROOT = Path(saebench.__file__).parent
 LAYERS = [  # a module imports only from layers above it in this list, or from its own folder
     ["errors", "_triton"],
     ["types", "registry", "stats", "progress", "kernels"],
+    ["ranks", "frontiers"],
     ["sites", "results", "cache", "text"],
     ["suite", "sparse", "reports"],
     ["saes"],
     ["subject", "loaders", "variants", "evals", "controls"],
-    ["trainer"],
+    ["trainer", "lab"],
     ["runner"],
     ["planner"],
     ["cli"],
@@ -31,7 +32,17 @@ MODULES = sorted(
     for path in FILES
     if path != Path("_triton.py") or find_spec("triton")  # written in a package for GPUs
 )
-LIGHT = ["errors", "registry", "stats", "results", "reports.leaderboard", "reports.pareto", "cli"]
+LIGHT = [
+    "errors",
+    "registry",
+    "stats",
+    "ranks",
+    "frontiers",
+    "results",
+    "reports.leaderboard",
+    "reports.pareto",
+    "cli",
+]
 """What answers `list`, `report`, `plot` and `compare`."""
 
 

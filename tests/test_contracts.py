@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from saebench import registry, sparse, suite
-from saebench.controls._control import Asked, Control, Planned
+from saebench.controls._control import Asked, BuiltControl, Planned, TrainedControl
 from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.types import SAE, Eval, Site
@@ -332,18 +332,20 @@ def test_every_metric_of_an_eval_is_in_its_formulas(name):
 # Controls, loaders, reports
 
 
+RECIPE = suite.recipe("topk", {})
 ASKED = [
-    Asked("a", "topk", 32, 4.0, "hash a", Site("mlp_hidden", 1)),
-    Asked("b", "relu", 32, 4.0, "hash b", Site("mlp_hidden", 1)),
-    Asked("c", "relu", 32, 8.0, "hash c", Site("mlp_hidden", 1)),
-    Asked("d", "relu", 64, 8.0, "hash d", Site("mlp_hidden", 1)),
+    Asked("a", "topk", 32, 4.0, "hash a", Site("mlp_hidden", 1), RECIPE),
+    Asked("b", "relu", 32, 4.0, "hash b", Site("mlp_hidden", 1), RECIPE),
+    Asked("c", "relu", 32, 8.0, "hash c", Site("mlp_hidden", 1), RECIPE),
+    Asked("d", "relu", 64, 8.0, "hash d", Site("mlp_hidden", 1), RECIPE),
 ]
 
 
 @pytest.mark.parametrize("name", registry.names("controls"))
 def test_controls_are_frozen_defaults_and_plan_distinct_saes(name):
     cls = registry.get("controls", name)
-    assert issubclass(cls, Control) and cls.__dataclass_params__.frozen and cls.__final__
+    assert issubclass(cls, BuiltControl) != issubclass(cls, TrainedControl)
+    assert cls.__dataclass_params__.frozen and cls.__final__
     json.dumps(dataclasses.asdict(cls()))
     planned = cls().plan(ASKED)
     assert planned and all(isinstance(p, Planned) for p in planned)

@@ -8,6 +8,7 @@ import sklearn.cluster
 import sklearn.decomposition
 import torch
 
+from saebench import suite
 from saebench.controls import ica
 from saebench.controls._control import Asked, Material, Planned
 from saebench.controls.ica import ICA
@@ -25,11 +26,12 @@ from saebench.types import Site
 from tests import toys
 
 D, N = 10, 1500
+RECIPE = suite.recipe("topk", {})
 ASKED = [
-    Asked("a", "topk", 32, 4.0, "hash a", Site("resid_post", 0)),
-    Asked("b", "relu", 32, 4.0, "hash b", Site("resid_post", 0)),
-    Asked("c", "relu", 32, 8.0, "hash c", Site("resid_post", 0)),
-    Asked("d", "relu", 64, 8.0, "hash d", Site("resid_post", 0)),
+    Asked("a", "topk", 32, 4.0, "hash a", Site("resid_post", 0), RECIPE),
+    Asked("b", "relu", 32, 4.0, "hash b", Site("resid_post", 0), RECIPE),
+    Asked("c", "relu", 32, 8.0, "hash c", Site("resid_post", 0), RECIPE),
+    Asked("d", "relu", 64, 8.0, "hash d", Site("resid_post", 0), RECIPE),
 ]
 
 
@@ -186,7 +188,7 @@ def test_a_permuted_decoder_without_a_parent_is_refused(control):
 def test_no_latent_keeps_its_own_row_in_a_permuted_decoder(seed):
     parent = JumpReLU(4, 8)
     parent.W_dec.copy_(torch.arange(8.0)[:, None].expand(8, 4))
-    asked = Asked("p", "jumprelu", 8, 2.0, "hash", Site("resid_post", 0))
+    asked = Asked("p", "jumprelu", 8, 2.0, "hash", Site("resid_post", 0), RECIPE)
     (planned,) = PermutedDecoder(seed=seed).plan([asked])
     material = Material(torch.zeros(1, 4), lambda _name: parent)
     dealt = PermutedDecoder(seed=seed).build(planned, material).W_dec[:, 0]

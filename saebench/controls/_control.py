@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +24,8 @@ class Asked(NamedTuple):
     """Hash of all that determined its weights."""
     site: Site
     """What it reads."""
+    recipe: Any
+    """Of its variant."""
 
 
 class Planned(NamedTuple):
@@ -48,14 +50,35 @@ class Material(NamedTuple):
 
 @dataclass(frozen=True)
 class Control(ABC):
-    """A frozen dataclass whose fields are its parameters."""
+    """A frozen dataclass whose fields are its parameters: either a `BuiltControl` or a `TrainedControl`."""
+
+    kind: ClassVar[Literal["control", "reference"]] = "control"
+    """A control knows nothing of what the model learned; a reference is there to read the others against."""
 
     @abstractmethod
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         """Which control SAEs stand beside the trained ones of a site."""
 
+
+@dataclass(frozen=True)
+class BuiltControl(Control):
+    """Made from activations, or from a trained SAE, without training."""
+
+    shuffled: ClassVar[bool] = False
+    """Whether evals that learn from labels get these dealt out anew; other evals have nothing to say of it."""
+
     @abstractmethod
     def build(self, planned: Planned, material: Material) -> Dictionary: ...
+
+
+@dataclass(frozen=True)
+class TrainedControl(Control):
+    """Trained like its parent, with something taken away."""
+
+    frozen: ClassVar[bool] = False
+    """The decoder stays at its random start."""
+    untrained_lm: ClassVar[bool] = False
+    """The language model has its random initial weights."""
 
 
 def shapes(asked: Sequence[Asked]) -> list[tuple[int, float]]:
@@ -66,7 +89,10 @@ def shapes(asked: Sequence[Asked]) -> list[tuple[int, float]]:
 def beside_parents(
     control: str, asked: Sequence[Asked], of: str | None, prefix: str = ""
 ) -> list[Planned]:
-    """One control for each (width, l0): made of the first SAE of that shape, or the first of the variant `of`."""
+    """One control for each (width, l0): made of the first SAE of that shape, or the first of the variant `of`.
+
+    Raises `UserError` where there is none.
+    """
     parents = [sae for sae in asked if of in (None, sae.variant)]
     if not parents:
         raise UserError(

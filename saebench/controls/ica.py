@@ -9,7 +9,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from sklearn.decomposition import FastICA
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from saebench.controls._control import Asked, Control, Material, Planned
+from saebench.controls._control import Asked, BuiltControl, Material, Planned
 from saebench.progress import say
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.topk import TopK
@@ -38,9 +38,11 @@ class _Sources(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class ICA(Control):
+class ICA(BuiltControl):
     seed: int = 0
     max_iterations: int = 200
+
+    kind: ClassVar = "reference"
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         values = sorted({max(1, round(sae.l0)) for sae in asked})

@@ -2,18 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
-from saebench.controls._control import Asked, Control, Material, Planned
+from saebench.controls._control import Asked, BuiltControl, Material, Planned
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.linear import Linear
 
 
 @final
 @dataclass(frozen=True)
-class Identity(Control):
+class Identity(BuiltControl):
+    kind: ClassVar = "reference"
+
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         return [Planned("", None, None)]
 

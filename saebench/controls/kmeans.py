@@ -7,12 +7,12 @@ of this width is worth when nothing can be combined.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from sklearn.cluster import MiniBatchKMeans
 
-from saebench.controls._control import Asked, Control, Material, Planned
+from saebench.controls._control import Asked, BuiltControl, Material, Planned
 from saebench.progress import say
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.codebook import Codebook
@@ -25,8 +25,10 @@ _SPREAD_UP_TO = 4096
 
 @final
 @dataclass(frozen=True)
-class KMeans(Control):
+class KMeans(BuiltControl):
     seed: int = 0
+
+    kind: ClassVar = "reference"
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         return [

@@ -7,18 +7,20 @@ explains no more has found nothing that the model does not already show.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
-from saebench.controls._control import Asked, Control, Material, Planned
+from saebench.controls._control import Asked, BuiltControl, Material, Planned
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.topk import TopK
 
 
 @final
 @dataclass(frozen=True)
-class Neurons(Control):
+class Neurons(BuiltControl):
+    kind: ClassVar = "reference"
+
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         here = [sae for sae in asked if sae.site.stream == "mlp_hidden"]
         values = sorted({max(1, round(sae.l0)) for sae in here})

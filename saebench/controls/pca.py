@@ -6,18 +6,20 @@ keeps all of them. A dictionary that explains less than `pca` at its L0 has gain
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
-from saebench.controls._control import Asked, Control, Material, Planned
+from saebench.controls._control import Asked, BuiltControl, Material, Planned
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.linear import Linear
 
 
 @final
 @dataclass(frozen=True)
-class PCA(Control):
+class PCA(BuiltControl):
+    kind: ClassVar = "reference"
+
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         values = sorted({round(sae.l0) for sae in asked})
         return [*(Planned(f"-{k}", None, k) for k in values), Planned("-full", None, None)]

@@ -9,13 +9,13 @@ from typing import final
 
 import torch
 
-from saebench.controls._control import Asked, Control, Material, Planned, beside_parents
+from saebench.controls._control import Asked, BuiltControl, Material, Planned, beside_parents
 from saebench.saes._dictionary import Dictionary
 
 
 @final
 @dataclass(frozen=True)
-class PermutedDecoder(Control):
+class PermutedDecoder(BuiltControl):
     of: str | None = None
     """Variant of the parents; None takes the first in the suite."""
     seed: int = 0

@@ -11,12 +11,12 @@ SAE of that shape (or the first of the variant `of`). A code takes far longer to
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.controls._control import Asked, Control, Material, Planned, beside_parents
+from saebench.controls._control import Asked, BuiltControl, Material, Planned, beside_parents
 from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary
 from saebench.saes._encoderless import Encoderless
@@ -37,9 +37,11 @@ _HALVINGS = 30
 
 @final
 @dataclass(frozen=True)
-class Pursuit(Control):
+class Pursuit(BuiltControl):
     method: Literal["matching", "fista"] = "matching"
     of: str | None = None
+
+    kind: ClassVar = "reference"
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         return beside_parents("pursuit", asked, self.of, f"-{self.method}")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.controls._control import Asked, Control, Material, Planned, shapes
+from saebench.controls._control import Asked, BuiltControl, Material, Planned, shapes
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.jumprelu import JumpReLU
 
@@ -25,7 +25,7 @@ _PRE_ACTIVATIONS = 2**26
 
 @final
 @dataclass(frozen=True)
-class Random(Control):
+class Random(BuiltControl):
     seed: int = 0
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:

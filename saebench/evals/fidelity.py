@@ -16,7 +16,10 @@ import numpy as np
 import torch
 
 from saebench.evals._sums import SequenceSums
-from saebench.types import SAE, Facts, Metric, Score, Seen, Skip, StreamEval, Tally
+from saebench.types import SAE, Facts, Metric, Omitted, Score, Seen, Skip, StreamEval, Tally
+
+_LEAST_RISE = 0.01
+"""Nats per position that ablating the stream must cost, where anything can be recovered of it."""
 
 
 @final
@@ -77,7 +80,7 @@ class _Tally:
         self.sums.add("same", sequence, seen.outcome.same_top1)
         self.n += len(sequence)
 
-    def scores(self) -> list[Score]:
+    def scores(self) -> list[Score | Omitted]:
         s, n = self.sums, self.n
         if n == 0:
             raise Skip("no position has both a token to replace and a next token to predict")
@@ -86,9 +89,18 @@ class _Tally:
         def mean(metric: str, total: np.ndarray) -> Score:
             return s.ratio(metric, total, tokens, n)
 
+        def recovered(metric: str, ablation: str) -> Score | Omitted:
+            if (s[ablation] - clean).sum() < _LEAST_RISE * n:
+                return Omitted(
+                    metric,
+                    f"{ablation} ablation raises the loss by less than {_LEAST_RISE} nats, so that "
+                    "shares of it say nothing",
+                )
+            return s.ratio(metric, s[ablation] - sae, s[ablation] - clean, n)
+
         return [
-            s.ratio("loss_recovered", s["zero"] - sae, s["zero"] - clean, n),
-            s.ratio("loss_recovered_mean", s["mean"] - sae, s["mean"] - clean, n),
+            recovered("loss_recovered", "zero"),
+            recovered("loss_recovered_mean", "mean"),
             mean("ce_loss_increase", sae - clean),
             mean("kl_divergence", s["kl"]),
             mean("top1_agreement", s["same"]),

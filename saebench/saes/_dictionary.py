@@ -74,7 +74,11 @@ class Dictionary(nn.Module, ABC):
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         chunks = sparse.token_chunks(x, self.d_sae)
-        return sparse.concatenate([sparse.from_dense(self.encode(chunk)) for chunk in chunks])
+        return sparse.concatenate([self._encode_chunk(chunk) for chunk in chunks])
+
+    def _encode_chunk(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        """Of few enough tokens that their dense pre-activations may be held."""
+        return sparse.from_dense(self.encode(x))
 
     def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_out"]:
         return sparse.decode(code, self.W_dec) + self.b_dec

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saebench import sparse
 from saebench.saes._dictionary import Dictionary, Scaling, weight
+from saebench.types import SparseCode
 
 
 @final
@@ -24,6 +26,13 @@ class Gated(Dictionary):
         pi = x @ self.W_enc
         magnitude = (self.r_mag.exp() * pi + self.b_mag).relu()
         return torch.where(pi + self.b_gate > 0, magnitude, 0.0)
+
+    def _encode_chunk(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        """Magnitudes are computed where the gate is open."""
+        pi = x @ self.W_enc
+        rows, columns = sparse.nonzero(pi + self.b_gate > 0)
+        magnitude = self.r_mag.exp()[columns] * pi[rows, columns] + self.b_mag[columns]
+        return sparse.from_pairs(rows, columns, magnitude.relu(), len(x))
 
     def fold(self, read: Scaling, predicted: Scaling) -> None:
         self._fold_encoder(read, predicted)

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saebench import sparse
 from saebench.saes._dictionary import Dictionary, Scaling, weight
+from saebench.types import SparseCode
 
 
 @final
@@ -26,6 +28,11 @@ class JumpReLU(Dictionary):
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         pre = torch.addmm(self.b_enc, x, self.W_enc)
         return torch.where(pre > self.threshold, pre, 0.0)
+
+    def _encode_chunk(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
+        rows, columns = sparse.nonzero(pre > self.threshold)
+        return sparse.from_pairs(rows, columns, pre[rows, columns], len(x))
 
     def fold(self, read: Scaling, predicted: Scaling) -> None:
         self._fold_encoder(read, predicted)

@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saebench import sparse
 from saebench.saes._dictionary import Dictionary, Scaling, weight
+from saebench.types import SparseCode
 
 
 @final
@@ -21,6 +23,11 @@ class ReLU(Dictionary):
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
         return torch.addmm(self.b_enc, x, self.W_enc).relu()
+
+    def _encode_chunk(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+        pre = torch.addmm(self.b_enc, x, self.W_enc)
+        rows, columns = sparse.nonzero(pre > 0)
+        return sparse.from_pairs(rows, columns, pre[rows, columns], len(x))
 
     def fold(self, read: Scaling, predicted: Scaling) -> None:
         self._fold_encoder(read, predicted)

@@ -35,11 +35,7 @@ class TopK(Dictionary):
         top = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
 
-    def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
-        chunks = sparse.token_chunks(x, self.d_sae)
-        return sparse.concatenate([self._top(chunk) for chunk in chunks])
-
-    def _top(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
+    def _encode_chunk(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         """Straight from the top k, without looking for them in dense codes."""
         pre = torch.addmm(self.b_enc, x, self.W_enc)
         columns = pre.topk(self.k, dim=-1, sorted=False).indices.sort(-1).values

@@ -79,6 +79,9 @@ class Variant(ABC):
     target: ClassVar[Literal["same", "any", "other"]] = "any"
     """Whether it predicts the site that it reads, another, or either."""
 
+    own_decoder: ClassVar[bool] = True
+    """Whether its decoder is a matrix that is learned beside the encoder."""
+
     float32: ClassVar[bool] = False
     """Whether what the SAE reads stays in float32 where a suite asks for batches in bfloat16."""
 
@@ -146,7 +149,7 @@ class DictionaryTraining(Training, ABC):
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.wanted = task.l0
+        self.wanted, self.frozen = task.l0, False
         rows = _directions(task.width, task.d_out, task.generator)
         first = _directions(task.width, task.d_in, task.generator) if task.transcodes else rows
         self.encoder, self.decoder = nn.Parameter(first.clone()), nn.Parameter(rows)
@@ -182,16 +185,22 @@ class DictionaryTraining(Training, ABC):
             return self.b_dec
         return torch.addmm(self.b_dec, x.to(self.W_skip.dtype), self.W_skip)
 
+    def freeze_decoder(self) -> None:
+        """It stays where it starts."""
+        self.frozen = True
+
     @torch.no_grad()
     def after_backward(self) -> None:
-        if self.unit_norm:
-            assert self.decoder.grad is not None, "called before backward"
+        assert self.decoder.grad is not None, "called before backward"
+        if self.frozen:
+            self.decoder.grad.zero_()  # Adam moves nothing that never had a gradient
+        elif self.unit_norm:
             along = torch.linalg.vecdot(self.decoder.grad, self.decoder)
             self.decoder.grad.addcmul_(along[:, None], self.decoder, value=-1)
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
-        if self.unit_norm:
+        if self.unit_norm and not self.frozen:
             self.decoder.div_(torch.linalg.vector_norm(self.decoder, dim=-1, keepdim=True))
         for parameter in self.non_negative:
             parameter.clamp_min_(0)

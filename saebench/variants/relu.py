@@ -70,7 +70,7 @@ class _Training(DictionaryTraining):
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().after_step(optimizer)
-        if self._last is not None:
+        if self._last is not None and not self.frozen:
             lesson, error = self._last
             if int(2 * lesson.progress * self.resamplings) > int(self.resampled) < self.resamplings:
                 self._resample(lesson, error, optimizer)

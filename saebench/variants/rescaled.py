@@ -23,6 +23,7 @@ from saebench.variants._training import Lesson, Task, Training, Variant, squared
 class Rescaled(Variant):
     target: ClassVar = "same"
     from_parent: ClassVar[bool] = True
+    own_decoder: ClassVar = False
     float32: ClassVar[bool] = True  # the parent's codes are those of its export
 
     def start(self, task: Task) -> Training:

@@ -28,6 +28,7 @@ from saebench.variants._training import (
 @dataclass(frozen=True, kw_only=True)
 class Tied(Penalised):
     target: ClassVar = "same"
+    own_decoder: ClassVar = False
 
     def start(self, task: Task) -> Training:
         return _Training(self, task)
