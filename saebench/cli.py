@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,6 +89,9 @@ def run(  # noqa: PLR0913  (the options of the command)
 @app.command()
 def report(
     results: ResultsFolder,
+    sort: Annotated[
+        str | None, typer.Option(help="metric to sort by, which the column of ranks is about")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="also write leaderboard files: md, csv, tex, comma-separated")
     ] = None,
@@ -97,11 +101,65 @@ def report(
     from saebench.results import read
 
     found = read(results)
-    _print(Leaderboard().text(found))
+    board = Leaderboard()
+    if sort is not None:
+        board = Leaderboard(sort=sort)
+        board.check_sort(found)
+    _print(board.text(found))
     if format:
         formats = tuple(part.strip() for part in format.split(","))
-        for path in Leaderboard(formats=formats)(found, results):
+        for path in replace(board, formats=formats)(found, results):
             _print(f"wrote {path}")
+
+
+@app.command()
+def compare(  # noqa: PLR0913  (the options of the command)
+    results: Annotated[
+        list[Path],
+        typer.Option(help="the folder of one suite; twice where A and B are of two folders"),
+    ],
+    saes: Annotated[list[str] | None, typer.Argument(help="two SAEs", metavar="A B")] = None,
+    families: Annotated[
+        tuple[str, str] | None, typer.Option(help="compare two variants over sparsity instead")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="only this metric; may be given several times")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="of families: only this width")] = None,
+    site: Annotated[str | None, typer.Option(help="of families: only this site")] = None,
+    out: Annotated[Path | None, typer.Option(help="also write the rows to a .csv file")] = None,
+) -> None:
+    """Compare two SAEs on the same units, or two variants at equal sparsity, with a verdict in words."""
+    named = saes or []
+    if len(named) != (2 if families is None else 0):
+        given = [*named, *(["--families", *families] if families else [])]
+        raise UserError(
+            "compare takes the names of two SAEs, or two variants with --families; "
+            f"got {' '.join(given) or 'neither'}"
+        )
+    if out is not None and out.suffix != ".csv":
+        raise UserError(f"--out is {out}; expected a file whose name ends in .csv")
+    if families is None:
+        if width is not None or site is not None:
+            raise UserError("--width and --site choose among the SAEs of --families")
+        from saebench.reports import _compare
+
+        compared = _compare.compare(named[0], named[1], results, metric or [])
+        text, rows = _compare.text(compared), _compare.as_csv(compared)
+    else:
+        if len(results) > 1:
+            raise UserError("--families compares within one folder; give --results once")
+        from saebench.reports import _families
+
+        at = _families.Place(site, width)
+        found = _families.compare(families, results[0], metric or ["explained_variance"], at)
+        text, rows = _families.text(found), _families.as_csv(found)
+    _print(text)
+    if out is not None:
+        from saebench.results import write_text_whole
+
+        write_text_whole(out, rows)
+        _print(f"wrote {out}")
 
 
 @app.command()

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """What was given, what was expected, and what to do, in one message."""
+
+
+class NothingToShow(UserError):
+    """A report has nothing to show, because no SAE of a suite has what it is about; other reports may have."""

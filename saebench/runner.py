@@ -32,7 +32,7 @@ import saebench
 from saebench import registry, results, trainer
 from saebench.cache import Cache
 from saebench.controls._control import Asked, Material, Planned, TrainedControl
-from saebench.errors import UserError
+from saebench.errors import NothingToShow, UserError
 from saebench.lab import ModelLab
 from saebench.progress import Meter, say
 from saebench.results import Entry, Omission, ScoreRow
@@ -498,10 +498,15 @@ def write_reports(suite: Suite, folder: Path) -> None:
     whole = all(path.exists() for report in wanted for path in report.files(folder))
     if whole and note.exists() and note.read_text() == key:
         return
-    finished = results.read(folder)
+    finished, left_out = results.read(folder), False
     for report in wanted:
-        report(finished, folder)
-    results.write_text_whole(note, key)
+        try:
+            report(finished, folder)
+        except NothingToShow as reason:  # such as a metric that every run of it leaves out
+            say(f"a report is left out: {reason}")
+            left_out = True
+    if not left_out:
+        results.write_text_whole(note, key)
 
 
 class _Scoring:

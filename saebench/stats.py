@@ -1,4 +1,4 @@
-"""Intervals, paired differences, tie groups and frontiers. Pure NumPy and SciPy.
+"""Intervals, paired differences, training seeds and Pareto points. Pure NumPy and SciPy.
 
 A metric is kept unit by unit (a unit is a sequence, a latent, a dataset ...) as `num` and `den`.
 
@@ -12,9 +12,12 @@ Percentile intervals and p-values of few units are too bold, because a bootstrap
 factor (n - 1) / n less than the data and knows nothing of the t distribution. Their tails are
 therefore widened as in Hesterberg (2015, https://arxiv.org/abs/1411.5279, "expanded percentile
 interval"): alpha' / 2 = Phi(-sqrt(n / (n - 1)) t_{n-1}). With many units nothing changes.
+
+To first order a ratio R is the mean over units of R + z_i, with the influence z_i = (num_i - R den_i) / mean(den).
+Student's t, sign flips and the noise of training seeds all work on these.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -32,10 +35,17 @@ FEW_UNITS = 10
 """Below this resampling cannot reach beyond the data, and Student's t on the delta method is used."""
 MANY_UNITS = 20_000
 """Above this a ratio of sums is as good as normal, and the delta method replaces resampling."""
+FLIPPED_UNITS = 50
+"""Below this the p-value of a paired difference is that of sign flips."""
+POWER = 0.8
+"""How often a comparison finds a difference as large as the minimum detectable one."""
 
 _QUANTILES = {"median": 0.5, "q05": 0.05, "q95": 0.95}
 _TAIL = (1 - LEVEL) / 2
 _CHUNK_BYTES = 64 * 2**20
+_EXACT_UNITS = 12  # up to here all 2^n patterns of signs are gone through
+_FLIPS = 10_000
+_RARE = 10  # fewer draws than this say little about how rare what they show is
 
 
 class Interval(NamedTuple):
@@ -58,6 +68,32 @@ class Difference(NamedTuple):
     low: float
     high: float
     p: float
+    detectable: float
+    """Minimum detectable difference: how large it must truly be to be found (p < 5 %) 80 % of the time,
+    (t_{.975, n-1} + t_{.8, n-1}) s / sqrt(n)."""
+
+
+class Counts(NamedTuple):
+    """On how many units a is better than b, equal to it, worse."""
+
+    wins: int
+    ties: int
+    losses: int
+
+
+class Seeds(NamedTuple):
+    """Several training seeds of one recipe: mean of their values, its 95 % interval, and two kinds of noise."""
+
+    mean: float
+    low: float | None
+    """None, as `high`, where there is nothing to say it from: too few units, too few seeds."""
+    high: float | None
+    training_sd: float | None
+    """Standard deviation over seeds of the values that they would have on endlessly many units.
+    None where one seed is all there is, or too few units to know what is evaluation noise."""
+    evaluation_sd: float | None
+    """Standard error of one seed's value over its units; None where these are too few."""
+    n_seeds: int
 
 
 class Bootstrap:
@@ -122,7 +158,7 @@ def intervals(
             resampled.setdefault(len(column.num), []).append(i)
     for n_units, members in resampled.items():
         bootstrap = _bootstrap(n_units, draws, seed)
-        drawn = _drawn_ratios(bootstrap, [checked[i] for i in members])
+        drawn = drawn_ratios(bootstrap, [checked[i] for i in members])
         for i, ratios in zip(members, drawn.T, strict=True):
             found[i] = _percentiles(ratios, n_units)
     return found
@@ -166,29 +202,112 @@ def paired_differences(
     a: Column, others: Sequence[Column], bootstrap: Bootstrap
 ) -> list[Difference | None]:
     """a - b for every b of `others`: all are columns over the same units as `a`."""
-    if any(len(column.num) != bootstrap.n_units for column in (a, *others)):
+    pairs = [(0, j) for j in range(1, len(others) + 1)]
+    return differences_in_pairs([a, *others], pairs, bootstrap)
+
+
+def differences_in_pairs(
+    columns: Sequence[Column], pairs: Sequence[tuple[int, int]], bootstrap: Bootstrap
+) -> list[Difference | None]:
+    """columns[i] - columns[j] for every pair (i, j): all columns are over the same units, in the same order.
+
+    Of a ratio with fewer than 50 units the interval and the p-value come from two methods: the interval from Student's
+    t (below 10 units) or the widened bootstrap, the p-value from sign flips (`sign_flip`). They may disagree where p is
+    close to 5 %. With 5 units or fewer an interval may leave out zero, but no p-value is below 2 / 2^5 = 0.0625.
+    """
+    n_units = bootstrap.n_units
+    if any(len(column.num) != n_units for column in columns):
         raise ValueError("paired columns and their bootstrap must have the same number of units")
-    if bootstrap.n_units < 2:
-        return [None for _ in others]
-    if a.statistic != "ratio":
-        return [_paired_quantiles(a, b, bootstrap) for b in others]
-    if not FEW_UNITS <= bootstrap.n_units <= MANY_UNITS:
-        return [_paired_delta(a, b) for b in others]
-    drawn = _drawn_ratios(bootstrap, [a, *others])
-    return [
-        _from_draws(value(*a) - value(*b), drawn[:, 0] - drawn[:, j], bootstrap.n_units)
-        for j, b in enumerate(others, start=1)
-    ]
+    if n_units < 2:
+        return [None for _ in pairs]
+    checked = [Column(*_checked(c.num, c.den), c.statistic) for c in columns]
+    if checked[0].statistic != "ratio":
+        return [_paired_quantiles(checked[i], checked[j], bootstrap) for i, j in pairs]
+    return list(_paired_ratios(checked, pairs, bootstrap))
 
 
 def independent_difference(a: Column, b: Column) -> Difference | None:
     """a - b where the units are not the same things, such as the latents of two SAEs."""
-    errors = [_standard_error(column) for column in (a, b)]
-    if errors[0] is None or errors[1] is None:
-        return None
-    # As many degrees of freedom as the smaller of the two: on the safe side of Welch's.
-    freedom = min(len(a.num), len(b.num)) - 1
-    return _student(value(*a) - value(*b), float(np.hypot(errors[0], errors[1])), freedom)
+    return independent_differences([a, b], [(0, 1)])[0]
+
+
+def independent_differences(
+    columns: Sequence[Column], pairs: Sequence[tuple[int, int]]
+) -> list[Difference | None]:
+    """columns[i] - columns[j] for every pair (i, j) of columns whose units are not the same things."""
+    values = [value(*column) for column in columns]
+    errors = [_standard_error(column) for column in columns]
+    found: list[Difference | None] = []
+    for i, j in pairs:
+        error_i, error_j = errors[i], errors[j]
+        if error_i is None or error_j is None:
+            found.append(None)
+            continue
+        # As many degrees of freedom as the smaller of the two: on the safe side of Welch's.
+        freedom = min(len(columns[i].num), len(columns[j].num)) - 1
+        error = float(np.hypot(error_i, error_j))
+        found.append(student(values[i] - values[j], error, freedom))
+    return found
+
+
+def sign_flip(differences: Floats) -> float:
+    """Two-sided p-value of "the mean is zero": how many patterns of signs give a mean at least as far from it.
+
+    Exact up to 12 units, where all 2^n patterns are gone through, so that no p-value is below 2 / 2^n: with 5 units or
+    fewer none reaches 5 %. Above, (beyond + 1) / (flips + 1) of 10,000 random patterns, always the same ones.
+    """
+    return float(_sign_flips(np.asarray(differences, dtype=np.float64)[:, None], _FLIPS)[0])
+
+
+def win_tie_loss(a: Column, b: Column, best: Literal["min", "max"]) -> Counts:
+    """In how many units a's own value num / den is better than b's, among those where both have one (den != 0)."""
+    if len(a.num) != len(b.num):
+        raise ValueError(f"paired columns need the same units, got {len(a.num)} and {len(b.num)}")
+    (num_a, den_a), (num_b, den_b) = _checked(a.num, a.den), _checked(b.num, b.den)
+    both = (den_a != 0) & (den_b != 0)
+    gain = num_a[both] / den_a[both] - num_b[both] / den_b[both]
+    wins, losses = int((gain > 0).sum()), int((gain < 0).sum())
+    ties = len(gain) - wins - losses
+    return Counts(wins, ties, losses) if best == "max" else Counts(losses, ties, wins)
+
+
+def seeds(columns: Sequence[Column], paired: bool) -> Seeds:
+    """Training seeds of one recipe, a column each. `paired` says that all columns are over the same units.
+
+    Seed s has the value y_s = mu + u_s + mean_i(g_i + h_si): training noise u, and evaluation noise from which units
+    i there happen to be. What these do to every seed alike (g) is no difference between seeds, and does not average
+    out over them; what they do to one seed alone (h) does. With influences z_si, S seeds and n units
+
+    own           V = sum_si (z_si - z_.i)^2 / ((S - 1)(n - 1) n), the noise of one y_s from h
+    training_sd   sqrt(max(0, var_s(y) - V))
+    shared        W = max(0, var_i(z_.i) / n - V / S), the noise of every y_s from g
+    interval      mean(y) +- t sqrt(var_s(y) / S + W), where t is the average of t_{S-1} and t_{n-1} with the two parts
+                  of the variance as weights (Cochran and Cox 1957): Satterthwaite's degrees of freedom cover only
+                  92 % with 3 seeds
+
+    Without pairs (latents) nothing is shared: V is the mean squared standard error of a seed, and W is 0.
+    """
+    if not columns:
+        raise ValueError("there must be at least one seed, got no column")
+    checked = [Column(*_checked(c.num, c.den), c.statistic) for c in columns]
+    values = np.array([value(*column) for column in checked])
+    mean, n_seeds = float(values.mean()), len(values)
+    errors = [_standard_error(column) for column in checked]
+    known = [error for error in errors if error is not None]
+    evaluation = float(np.sqrt(np.mean(np.square(known)))) if len(known) == n_seeds else None
+    if n_seeds == 1:
+        ends = intervals(checked)[0]
+        low, high = (None, None) if ends is None else ends
+        return Seeds(mean, low, high, None, evaluation, 1)
+    spread = float(values.var(ddof=1))
+    noise = _crossed_noise(checked) if paired else _SeedNoise(evaluation, 0.0)
+    excess = None if noise.own is None else max(0.0, spread - noise.own**2)
+    training = None if excess is None else float(np.sqrt(excess))
+    if noise.shared is None:
+        return Seeds(mean, None, None, training, evaluation, n_seeds)
+    parts = [(spread / n_seeds, n_seeds - 1), (noise.shared**2, len(checked[0].num) - 1)]
+    half = _half_width([part for part in parts if part[0] > 0])
+    return Seeds(mean, mean - half, mean + half, training, evaluation, n_seeds)
 
 
 def holm(p_values: Sequence[float]) -> Floats:
@@ -199,37 +318,6 @@ def holm(p_values: Sequence[float]) -> Floats:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
-
-
-def tie_group(
-    columns: Mapping[str, Column],
-    best: Literal["min", "max"],
-    paired: bool,
-    bootstrap: Bootstrap | None = None,
-) -> frozenset[str]:
-    """The best of one metric, and all that cannot be told apart from it at 5 % (Holm).
-
-    Membership is relative to the best: two members may well differ from each other. `paired` says
-    that all columns are over the same units; `bootstrap` spares drawing these again.
-    """
-    names = list(columns)
-    sign = 1 if best == "max" else -1
-    leader = max(names, key=lambda name: sign * value(*columns[name]))
-    others = [name for name in names if name != leader]
-    if paired:
-        units = bootstrap or Bootstrap(len(columns[leader].num), draws_for(len(others)))
-        found = paired_differences(columns[leader], [columns[name] for name in others], units)
-    else:
-        found = [independent_difference(columns[leader], columns[name]) for name in others]
-    # What cannot be tested cannot be told apart.
-    adjusted = holm([1.0 if difference is None else difference.p for difference in found])
-    ties = [name for name, p in zip(others, adjusted, strict=True) if p >= 1 - LEVEL]
-    return frozenset([leader, *ties])
-
-
-def draws_for(comparisons: int) -> int:
-    """Enough draws that the smallest possible p-value survives Holm over so many comparisons."""
-    return max(DRAWS, 400 * comparisons)
 
 
 def frontier(x: Numbers, y: Numbers, best: Literal["min", "max"]) -> NDArray[np.int64]:
@@ -284,7 +372,7 @@ def _without_draws(column: Column) -> Interval | None:
         return _wilson(column.num.mean(), len(column.num))
     if _is_resampled(column):
         return None
-    found = _student(value(*column), _delta_error(column), len(column.num) - 1)
+    found = student(value(*column), _delta_error(column), len(column.num) - 1)
     return Interval(found.low, found.high)
 
 
@@ -327,11 +415,23 @@ def _order_statistics(x: Numbers, q: float) -> Interval | None:
     return Interval(float(ordered[r - 1]), float(ordered[s - 1]))
 
 
+def _influence(column: Column) -> Floats:
+    """What each unit adds to the value, to first order; the mean of squares over n is the squared standard error."""
+    if column.statistic == "ratio":
+        return np.asarray((column.num - value(*column) * column.den) / column.den.mean())
+    error, n = _standard_error(column), len(column.num)
+    # A quantile moves with how many units lie above it, at a rate that its interval tells.
+    above = np.where(column.den > 0, column.num > value(*column), np.nan)
+    sides = np.nan_to_num(above - np.nanmean(above))
+    spread = sides.std(ddof=1)
+    if error is None or spread == 0:
+        return np.zeros(n)
+    return np.asarray(sides / spread * error * np.sqrt(n))
+
+
 def _delta_error(column: Column) -> float:
     """Standard error of a ratio of sums, to first order."""
-    n = len(column.num)
-    influence = column.num - value(*column) * column.den
-    return float(np.sqrt(n * np.var(influence, ddof=1)) / abs(column.den.sum()))
+    return float(np.std(_influence(column), ddof=1) / np.sqrt(len(column.num)))
 
 
 def _standard_error(column: Column) -> float | None:
@@ -343,7 +443,36 @@ def _standard_error(column: Column) -> float | None:
     return None if found is None else (found.high - found.low) / (2 * _z())
 
 
-def _drawn_ratios(bootstrap: Bootstrap, columns: Sequence[Column]) -> Floats:
+class _SeedNoise(NamedTuple):
+    """Standard errors by evaluation: of one seed alone, and of all seeds alike; None where not known."""
+
+    own: float | None
+    shared: float | None
+
+
+def _half_width(parts: Sequence[tuple[float, int]]) -> float:
+    """Of an interval whose variance has several parts, each with its degrees of freedom."""
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return 0.0
+    return sum(part * _t(freedom, 1 - _TAIL) for part, freedom in parts) / float(np.sqrt(variance))
+
+
+def _crossed_noise(columns: Sequence[Column]) -> _SeedNoise:
+    n_seeds, n_units = len(columns), len(columns[0].num)
+    if any(len(column.num) != n_units for column in columns):
+        raise ValueError("paired columns must have the same number of units")
+    if n_units < 2:
+        return _SeedNoise(None, None)
+    z = np.stack([_influence(column) for column in columns], axis=1)  # [n s]
+    common = z.mean(axis=1)
+    residual = np.square(z - common[:, None]).sum() / ((n_seeds - 1) * (n_units - 1))
+    own = residual / n_units
+    shared = max(0.0, common.var(ddof=1) / n_units - own / n_seeds)
+    return _SeedNoise(float(np.sqrt(own)), float(np.sqrt(shared)))
+
+
+def drawn_ratios(bootstrap: Bootstrap, columns: Sequence[Column]) -> Floats:
     """[draws c]; NaN in a draw whose denominators sum to zero, which says nothing."""
     stacked = np.stack([part for column in columns for part in column[:2]], axis=1)
     sums = bootstrap.sums(stacked.astype(np.float64))
@@ -351,23 +480,168 @@ def _drawn_ratios(bootstrap: Bootstrap, columns: Sequence[Column]) -> Floats:
     return np.divide(num, den, out=np.full_like(num, np.nan), where=den != 0)
 
 
-def _percentiles(draws: Floats, n_units: int) -> Interval:
-    from scipy.special import ndtr, stdtrit
+def paired_draws(columns: Sequence[Column], bootstrap: Bootstrap) -> Floats:
+    """[draws c] ratios in the same draws of units; where units are too many to resample, from the normal distribution
+    that has the covariance of their influences."""
+    n_units = bootstrap.n_units
+    if n_units <= MANY_UNITS:
+        return drawn_ratios(bootstrap, columns)
+    checked = [Column(*_checked(c.num, c.den), c.statistic) for c in columns]
+    z = np.stack([_influence(column) for column in checked], axis=1)
+    values = [value(*column) for column in checked]
+    covariance = z.T @ z / (n_units * (n_units - 1))
+    rng = np.random.default_rng(bootstrap.seed)
+    return rng.multivariate_normal(values, covariance, bootstrap.draws, method="eigh")
 
-    tail = ndtr(np.sqrt(n_units / (n_units - 1)) * stdtrit(n_units - 1, _TAIL))
-    low, high = np.nanquantile(draws, [tail, 1 - tail])
+
+def independent_draws(column: Column, draws: int, seed: int) -> Floats:
+    """[draws] values of one column whose units no other column has; another seed gives independent ones.
+
+    Quantiles need no resampling: the r-th smallest of n drawn units is the unit that the r-th smallest of n uniform
+    numbers points at, and that one follows a Beta distribution. A ratio of very few or very many units is drawn from
+    Student's t about its value.
+    """
+    rng = np.random.default_rng(seed)
+    column = Column(*_checked(column.num, column.den), column.statistic)
+    if column.statistic != "ratio":
+        return _drawn_quantiles(np.sort(column.num[column.den > 0]), column.statistic, draws, rng)
+    n_units = len(column.num)
+    if _is_resampled(column):
+        # One resampling serves all: draw s of one column and draw s + 1 of another share nothing.
+        return np.roll(drawn_ratios(_bootstrap(n_units, draws, 0), [column])[:, 0], seed)
+    if n_units < 2:
+        return np.full(draws, value(*column))
+    return value(*column) + _delta_error(column) * rng.standard_t(n_units - 1, draws)
+
+
+def _drawn_quantiles(
+    ordered: Floats, statistic: Statistic, draws: int, rng: np.random.Generator
+) -> Floats:
+    n = len(ordered)
+    place = _QUANTILES[statistic] * (n - 1)  # as numpy.quantile: between two order statistics
+    r = int(place) + 1
+    below = rng.beta(r, n - r + 1, draws)
+    x = ordered[(n * below).astype(np.int64)]
+    if r == n:
+        return x
+    # The next of n uniform numbers is the smallest of the n - r that lie above.
+    above = 1 - (1 - below) * rng.random(draws) ** (1 / (n - r))
+    return np.asarray(x + (place - (r - 1)) * (ordered[(n * above).astype(np.int64)] - x))
+
+
+def widening(n_units: int) -> float:
+    """How much further from the value the end of a 95 % interval lies than that of the percentile interval."""
+    return float(np.sqrt(n_units / (n_units - 1)) * _t(n_units - 1, 1 - _TAIL) / _z())
+
+
+def _percentiles(draws: Floats, n_units: int) -> Interval:
+    from scipy.special import ndtr
+
+    tail = ndtr(-widening(n_units) * _z())
+    # Weibull's positions: of B draws, a share k / (B + 1) lies below the k-th, as the p-value counts them.
+    low, high = np.nanquantile(draws, [tail, 1 - tail], method="weibull")
     return Interval(float(low), float(high))
 
 
-def _from_draws(observed: float, draws: Floats, n_units: int) -> Difference:
-    from scipy.special import ndtri, stdtr
+def from_draws(observed: float, draws: Floats, n_units: int) -> Difference:
+    """A difference of which there are bootstrap draws [draws]: the widened percentiles, and the p-value that is below
+    5 % exactly where these leave out zero.
+
+    Where fewer than 10 draws lie beyond zero, their number says little (of 2,000 draws none can say p < 0.001, and
+    Holm needs less), and the p-value is Student's with the standard deviation of the draws.
+    """
+    from scipy.special import ndtri
 
     draws = draws[np.isfinite(draws)]
+    narrow = np.sqrt((n_units - 1) / n_units)
     beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    tail = min((beyond + 1) / (len(draws) + 1), 0.5)
-    # The widening of the interval, backwards: p < 5 % exactly where the interval leaves out zero.
-    p = 2 * stdtr(n_units - 1, ndtri(tail) * np.sqrt((n_units - 1) / n_units))
-    return Difference(observed, *_percentiles(draws, n_units), float(p))
+    # The widening of the interval, backwards.
+    tail = min((max(beyond, _RARE) + 1) / (len(draws) + 1), 0.5)
+    p = _two_sided(ndtri(tail) * narrow, n_units - 1)
+    spread = float(draws.std())
+    if beyond < _RARE and spread > 0:
+        p = min(p, _two_sided(-abs(observed) / spread * narrow, n_units - 1))
+    elif beyond < _RARE:
+        p = 0.0
+    low, high = _percentiles(draws, n_units)
+    error = (high - low) / 2 / _t(n_units - 1, 1 - _TAIL)
+    return Difference(observed, low, high, p, _detectable(error, n_units - 1))
+
+
+def student(observed: float, error: float, freedom: int | float) -> Difference:
+    """A difference with its standard error."""
+    if error == 0:
+        return Difference(observed, observed, observed, 1.0 if observed == 0 else 0.0, 0.0)
+    half = _t(freedom, 1 - _TAIL) * error
+    p = _two_sided(-abs(observed) / error, freedom)
+    return Difference(observed, observed - half, observed + half, p, _detectable(error, freedom))
+
+
+def _two_sided(t: float, freedom: int | float) -> float:
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(freedom, t))
+
+
+def _t(freedom: int | float, probability: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, probability))
+
+
+def _detectable(error: float, freedom: int | float) -> float:
+    return (_t(freedom, 1 - _TAIL) + _t(freedom, POWER)) * error
+
+
+def _paired_ratios(
+    columns: Sequence[Column], pairs: Sequence[tuple[int, int]], bootstrap: Bootstrap
+) -> Iterator[Difference]:
+    n_units = bootstrap.n_units
+    values = [value(*column) for column in columns]
+    parts = [_influence(c) + v for c, v in zip(columns, values, strict=True)]
+    flipped: Sequence[float] = ()
+    if n_units < FLIPPED_UNITS and pairs:
+        differences = np.stack([parts[i] - parts[j] for i, j in pairs], axis=1)
+        flipped = _sign_flips(differences, max(_FLIPS, 40 * len(pairs))).tolist()
+    drawn = None
+    if FEW_UNITS <= n_units <= MANY_UNITS:
+        drawn = drawn_ratios(bootstrap, columns)
+    for at, (i, j) in enumerate(pairs):
+        error = float(np.std(parts[i] - parts[j], ddof=1) / np.sqrt(n_units))
+        found = student(values[i] - values[j], error, n_units - 1)
+        if drawn is not None:
+            resampled = from_draws(found.value, drawn[:, i] - drawn[:, j], n_units)
+            found = resampled._replace(detectable=found.detectable)
+        yield found._replace(p=flipped[at]) if flipped else found
+
+
+def _sign_flips(differences: Floats, flips: int) -> Floats:
+    """differences [n c] -> the p-value of each column."""
+    n_units, n_columns = differences.shape
+    if n_units == 0:
+        raise ValueError("a sign-flip test needs at least one unit, got none")
+    exact = n_units <= _EXACT_UNITS
+    signs = _all_signs(n_units) if exact else _random_signs(n_units, flips)
+    # Patterns that give the same sum must count as such, whatever the rounding.
+    reach = np.abs(differences.sum(axis=0)) - 1e-12 * np.abs(differences).sum(axis=0)
+    chunk = max(1, _CHUNK_BYTES // (8 * len(signs)))
+    beyond = np.zeros(n_columns)
+    for start in range(0, n_columns, chunk):
+        here = slice(start, start + chunk)
+        beyond[here] = (np.abs(signs @ differences[:, here]) >= reach[here]).sum(axis=0)
+    return np.asarray(beyond / len(signs) if exact else (beyond + 1) / (flips + 1))
+
+
+@lru_cache(maxsize=2)
+def _all_signs(n_units: int) -> Floats:
+    patterns = np.arange(2**n_units)[:, None] >> np.arange(n_units)
+    return np.where(patterns & 1, 1.0, -1.0)
+
+
+@lru_cache(maxsize=2)
+def _random_signs(n_units: int, flips: int) -> Floats:
+    heads = np.random.default_rng(0).integers(2, size=(flips, n_units))
+    return np.where(heads == 1, 1.0, -1.0)
 
 
 def _paired_quantiles(a: Column, b: Column, bootstrap: Bootstrap) -> Difference | None:
@@ -381,20 +655,4 @@ def _paired_quantiles(a: Column, b: Column, bootstrap: Bootstrap) -> Difference 
         for picks in Bootstrap(n_units, bootstrap.draws, bootstrap.seed).picks()
     ]
     observed = float(np.quantile(num_a, q) - np.quantile(num_b, q))
-    return _from_draws(observed, np.concatenate(draws), n_units)
-
-
-def _paired_delta(a: Column, b: Column) -> Difference:
-    influence = [(c.num - value(*c) * c.den) / c.den.mean() for c in (a, b)]
-    error = np.std(influence[0] - influence[1], ddof=1) / np.sqrt(len(a.num))
-    return _student(value(*a) - value(*b), float(error), len(a.num) - 1)
-
-
-def _student(observed: float, error: float, freedom: int) -> Difference:
-    from scipy.special import stdtr, stdtrit
-
-    if error == 0:
-        return Difference(observed, observed, observed, 1.0 if observed == 0 else 0.0)
-    half = float(stdtrit(freedom, 1 - _TAIL)) * error
-    p = 2 * float(stdtr(freedom, -abs(observed) / error))
-    return Difference(observed, observed - half, observed + half, p)
+    return from_draws(observed, np.concatenate(draws), n_units)

@@ -149,11 +149,11 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     repeated where there are no more of them.
     """
     _check_amounts(context, eval_share, train_passes)
-    separator = _separator(tokenizer)
+    between = separator(tokenizer)
     special = special_ids(tokenizer)
     least = -(-train_tokens // train_passes)
-    train = _Side(train_tokens, context, separator, special)
-    held_out = _Side(eval_tokens, context, separator, special)
+    train = _Side(train_tokens, context, between, special)
+    held_out = _Side(eval_tokens, context, between, special)
     wanted = _wanted(documents(source), train, held_out, eval_share)
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
@@ -292,7 +292,8 @@ def _check_amounts(context: int, eval_share: float, train_passes: int) -> None:
         raise UserError(f"train_passes {train_passes}: expected 1 or more")
 
 
-def _separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that stands in front of a text and between two: BOS, or EOS where there is none."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     found = eos if bos is None else bos
     return None if found is None else int(found)

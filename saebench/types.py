@@ -232,8 +232,10 @@ class Lab(Protocol):
 class Reading(Protocol):
     """The own text of an eval, read and split but not yet seen by the model."""
 
-    fingerprint: str
-    """Hash of all of its content."""
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of its content."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -105,14 +105,27 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         )
         for parameter in model.parameters():
             parameter.data = 0.3 * torch.randn_like(parameter) + (0.7 if parameter.ndim == 1 else 0)
-    model.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), size=rng.integers(2, 6))) for _ in range(50)]
     texts = [" ".join(rng.choice(words, size=40)) for _ in range(200)]
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    _learn_letters(model, tokenizer("".join(texts), return_tensors="pt")["input_ids"][0])
+    model.save_pretrained(folder / "model")
     return World(folder / "model", text)
+
+
+def _learn_letters(model: LlamaForCausalLM, ids: torch.Tensor) -> None:
+    """Until ablating a stream costs something."""
+    rows = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(60):
+        batch = rows[torch.arange(16) + 16 * step % (len(rows) - 16)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @pytest.fixture

@@ -55,6 +55,9 @@ def test_what_needs_nothing_imports_nothing_heavy(tmp_path: Path, arguments: lis
 def test_reports_and_plots_do_without_torch(finished: Finished, tmp_path: Path):
     folder = str(finished.place.results())
     assert imported_by(tmp_path, "report", folder).isdisjoint(HEAVY | {"matplotlib"})
+    pair = ("topk-w32-l4-s0", "relu-w32-l4-s0")
+    modules = imported_by(tmp_path, "compare", *pair, "--results", folder)
+    assert modules.isdisjoint(HEAVY | {"matplotlib"})
     figure = str(tmp_path / "figure.pdf")
     assert imported_by(tmp_path, "plot", folder, "--out", figure).isdisjoint(HEAVY)
 
@@ -62,7 +65,7 @@ def test_reports_and_plots_do_without_torch(finished: Finished, tmp_path: Path):
 def test_the_help_names_every_command(saebench: Run):
     ended = saebench("--help")
     assert ended.code == 0
-    for command in ("run", "report", "plot", "check", "list"):
+    for command in ("run", "report", "plot", "compare", "check", "list"):
         assert f" {command} " in ended.out
 
 
@@ -269,12 +272,16 @@ def test_report_prints_the_leaderboard_and_writes_the_formats_asked_for(
         "leaderboard.md",
         "leaderboard.csv",
     }
-    for name in ("leaderboard.md", "leaderboard.csv"):
+    for name in ("leaderboard.md", "leaderboard.csv", "separation.csv"):
         assert (folder / name).read_bytes() == (finished.place.results() / name).read_bytes()
 
 
 def test_a_report_of_nothing_says_what_to_run_first(saebench: Run, tmp_path: Path):
-    for command in (["report", tmp_path], ["plot", tmp_path, "--out", "x.pdf"]):
+    for command in (
+        ["report", tmp_path],
+        ["plot", tmp_path, "--out", "x.pdf"],
+        ["compare", "a", "b", "--results", tmp_path],
+    ):
         ended = saebench(*command)
         assert (ended.code, ended.out) == (2, "")
         assert "no results of a suite here" in ended.err
@@ -284,6 +291,16 @@ def test_a_format_that_is_none_is_refused(finished: Finished, saebench: Run):
     ended = saebench("report", finished.place.results(), "--format", "docx")
     assert ended.code == 2
     assert "no format 'docx'; expected some of md, csv, tex" in ended.err
+
+
+def test_a_report_is_sorted_by_any_metric_that_there_is(finished: Finished, saebench: Run):
+    folder = finished.place.results()
+    ended = saebench("report", folder, "--sort", "kl_divergence")
+    assert ended.code == 0
+    assert "rank: by KL divergence;" in ended.out
+    ended = saebench("report", folder, "--sort", "kl_divergenc")
+    assert (ended.code, ended.out) == (2, "")
+    assert "No SAE has a metric 'kl_divergenc'" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from saebench import registry, sparse, suite
 from saebench.controls._control import Asked, BuiltControl, Planned, TrainedControl
 from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary, Scaling
-from saebench.types import SAE, Eval, Site
+from saebench.types import SAE, Eval, Omitted, Score, Site, StreamEval, TextEval
 from saebench.variants._training import Variant
 from tests import toys
 from tests.toys import D_SAE, D
@@ -303,21 +303,70 @@ def test_evals_are_frozen_defaults_with_declared_metrics(name):
 
 
 def test_no_two_evals_have_a_metric_of_the_same_name():
-    names = toys.all_metrics()
+    evals = [registry.get("evals", name) for name in registry.names("evals")]
+    names = [metric.name for eval_ in evals for metric in eval_.metrics]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", registry.names("evals"))
+STREAM_EVALS, TEXT_EVALS = (
+    [name for name in registry.names("evals") if issubclass(registry.get("evals", name), kind)]
+    for kind in (StreamEval, TextEval)
+)
+
+
+def test_an_eval_looks_at_the_stream_or_brings_its_own_text():
+    assert sorted(STREAM_EVALS + TEXT_EVALS) == registry.names("evals")
+
+
+def are_sound(scores):
+    for score in scores:
+        assert score.num.dtype == score.den.dtype == np.float64
+        assert score.num.shape == score.den.shape and score.num.ndim == 1
+        assert np.isfinite(score.num).all() and np.isfinite(score.den).all()
+        assert score.n >= 1 and (score.reference is None or np.isfinite(score.reference))
+        assert score.ids is None or len(set(score.ids)) == len(score.num)
+        assert score.clusters is None or len(score.clusters) == len(score.num)
+
+
+@pytest.mark.parametrize("name", STREAM_EVALS)
 def test_scores_are_of_declared_metrics_in_float64(name):
     eval_, world = registry.get("evals", name)(), toys.world()
     sae = toys.aligned(toys.sae_of("relu").double())
     found = toys.scores(sae, world, [[0, 1, 2], [3, 4, 5, 6, 7]], [eval_])
     assert {m.name for m in eval_.metrics} == found.keys()
-    for score in found.values():
-        assert score.num.dtype == score.den.dtype == np.float64
-        assert score.num.shape == score.den.shape and score.num.ndim == 1
-        assert np.isfinite(score.num).all() and np.isfinite(score.den).all()
-        assert score.n >= 1 and (score.reference is None or np.isfinite(score.reference))
+    are_sound(found.values())
+
+
+@pytest.fixture(scope="module", params=TEXT_EVALS)
+def text_eval(request):
+    """An eval, and its part of a toy language model."""
+    eval_, lab = registry.get("evals", request.param)(), toys.ToyLab()
+    return eval_, eval_.prepare(lab, toys.labelled_text(lab), Site("toy", 0))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_scores_on_an_own_text_are_of_declared_metrics_in_float64(text_eval, shuffled):
+    eval_, prepared = text_eval
+    found = eval_.scores(toys.sae_of("relu"), prepared, shuffled)
+    scores = [score for score in found if isinstance(score, Score)]
+    names = [score.metric for score in scores]
+    assert names and len(set(names)) == len(names)
+    assert set(names) <= {m.name for m in eval_.metrics}
+    are_sound(scores)
+    assert [o for o in found if not isinstance(o, Score)] == [Omitted("left:out", "for a reason")]
+
+
+@pytest.mark.parametrize("architecture", registry.names("saes"))
+def test_every_architecture_is_scored_on_an_own_text(text_eval, architecture):
+    eval_, prepared = text_eval
+    assert eval_.scores(toys.sae_of(architecture), prepared, False)
+
+
+def test_repeating_on_an_own_text_gives_the_same_number(text_eval):
+    eval_, prepared = text_eval
+    first, again = (eval_.scores(toys.sae_of("relu"), prepared, False) for _ in range(2))
+    for a, b in zip(first[:-1], again[:-1], strict=True):
+        assert a.metric == b.metric and a.num.tolist() == b.num.tolist()
 
 
 @pytest.mark.parametrize("name", registry.names("evals"))
@@ -325,7 +374,7 @@ def test_every_metric_of_an_eval_is_in_its_formulas(name):
     module = importlib.import_module(f"saebench.evals.{name}")
     for metric in registry.get("evals", name).metrics:
         family = metric.name.removeprefix("ce_loss_") if name == "fidelity" else metric.name
-        family = family.removesuffix("_q05").removesuffix("_q95")
+        family = re.sub(r"_(q05|q95|k\d+)$", "", family)
         assert family in module.__doc__ or metric.name in ("density",), metric.name
 
 

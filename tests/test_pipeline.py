@@ -25,11 +25,12 @@ from saebench import cli, registry, results, runner, suite, trainer
 from saebench.evals.sparsity import Sparsity
 from saebench.saes.relu import ReLU
 from saebench.suite import Plugin
-from saebench.types import SAE, Eval, Facts, Metric, Score, Seen, Site, Tally
+from saebench.types import SAE, Facts, Metric, Score, Seen, Site, StreamEval, Tally
 from tests.conftest import EVALS, VARIANTS, Finished, Place, Run, World, WriteSuite
 
 TRAINED = [f"{variant}-w32-l4-s0" for variant in VARIANTS]
-CONTROLS = ["identity", "pca-4", "pca-full", "random-w32-l4", "permuted_decoder-w32-l4"]
+REFERENCES = ["identity", "pca-4", "pca-full"]
+CONTROLS = ["random-w32-l4", "permuted_decoder-w32-l4"]
 
 # Runs the command line, saves often, and dies at the n-th call of something.
 DYING = """\
@@ -96,7 +97,7 @@ def values(place: Place, metric: str) -> dict[str, float]:
 def test_a_run_leaves_results_reports_and_nothing_unfinished(finished: Finished):
     assert finished.code == 0
     found = {path.name for path in finished.place.results().iterdir()}
-    reports = {f"leaderboard.{ending}" for ending in ("md", "csv", "tex")}
+    reports = {f"leaderboard.{ending}" for ending in ("md", "csv", "tex")} | {"separation.csv"}
     reports |= {f"pareto_l0_loss_recovered.{ending}" for ending in ("pdf", "svg", "png")}
     assert found == {"suite.json", "runs", ".lock", ".reports"} | reports
     assert leftovers(finished.place) == []
@@ -106,15 +107,16 @@ def test_every_sae_has_every_eval_and_controls_are_marked(finished: Finished):
     read = results.read(finished.place.results())
     assert read.missing == read.stale == []
     pairs = set(zip(read.scores["sae"], read.scores["eval"], strict=True))
-    assert pairs == {(sae, name) for sae in TRAINED + CONTROLS for name in EVALS}
+    everyone = TRAINED + CONTROLS + REFERENCES
+    assert pairs == {(sae, name) for sae in everyone for name in EVALS}
     kinds = read.scores.groupby("kind")["sae"].unique().apply(set).to_dict()
-    assert kinds == {"trained": set(TRAINED), "control": set(CONTROLS)}
+    marked = {"trained": TRAINED, "control": CONTROLS, "reference": REFERENCES}
+    assert kinds == {kind: set(names) for kind, names in marked.items()}
     board = (finished.place.results() / "leaderboard.md").read_text()
-    for name in CONTROLS:
-        assert f"| {name} *(control)*" in board
-    for name in TRAINED:
-        assert f"| {name} *(control)*" not in board
-        assert f"| {name} " in board
+    for kind, names in marked.items():
+        for name in names:
+            assert (f"| {name} *({kind})*" in board) == (kind != "trained")
+            assert f"| {name} " in board
 
 
 def test_the_identity_loses_nothing(finished: Finished):
@@ -415,10 +417,9 @@ def test_a_transcoder_is_scored_by_replacing_what_it_predicts(
     skipping = transcoder | {"variant": "skip_transcoder"}
     evals = ["reconstruction", "fidelity", "geometry", "shrinkage"]
     assert run(write_suite(saes=[transcoder, skipping, given], evals=evals)).code == 0
-    recovered, explained = values(place, "loss_recovered"), values(place, "explained_variance")
+    explained = values(place, "explained_variance")
     # Predicting zeros is zero ablation of the MLP's output, to the bit.
     assert values(place, "ce_loss_sae")["nothing"] == values(place, "ce_loss_zero")["nothing"]
-    assert recovered["nothing"] == 0
     assert explained["nothing"] <= 0  # zeros explain less than the mean does
     for name in ("transcoder-w32-l4-s0", "skip_transcoder-w32-l4-s0"):
         assert explained[name] > 0.2
@@ -715,7 +716,7 @@ def test_a_failure_of_every_sae_is_a_failure_of_runs(
 
 
 @dataclass(frozen=True)
-class Above(Eval):
+class Above(StreamEval):
     """Share of tokens with at least k active latents."""
 
     k: int

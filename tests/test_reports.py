@@ -7,16 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from saebench import registry, results
 from saebench.errors import UserError
-from saebench.reports import _table
-from saebench.reports._table import number
+from saebench.reports import _seeds
+from saebench.reports._blocks import grouped
+from saebench.reports._evidence import Evidence
+from saebench.reports._table import Key, number
 from saebench.reports.leaderboard import Leaderboard
 from saebench.reports.pareto import Pareto
-from saebench.results import Entry, ScoreRow
+from saebench.results import Entry, Omission, ScoreRow
+from saebench.stats import Column, Difference
+from tests.boards import SITE, control, noisy, row, trained, write
 
-SITE = "2.resid_post"
+VARIANCE = Key("explained_variance", "core", "")
 N_SEQUENCES = 300
 TOKENS = 128
 VARIANTS = {"relu": 0.0, "topk": 0.045, "batch_topk": 0.055, "jumprelu": 0.05, "gated": 0.03}
@@ -147,7 +152,10 @@ def seen(folder: Path) -> dict[str, tuple[int, bytes]]:
 def rows_of(markdown: str) -> dict[str, list[str]]:
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return {row[0].strip(): row for row in table}
+    found: dict[str, list[str]] = {}
+    for cells in table:
+        found.setdefault(cells[0], cells)  # the leaderboard comes before the tables of ranks
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -216,14 +224,16 @@ def test_blocks_ascend_and_sparsity_without_a_choice_comes_last(board):
         "2.resid_post, width 1,024, asked-for L0 32",
         "2.resid_post, checkpoints",
         "2.resid_post, controls",
+        "Ranks",
+        "Trained against controls",
         "Metrics",
         "Not shown",
     ]
 
 
 def test_bold_is_what_cannot_be_told_apart_from_the_best_and_never_a_control(board):
-    rows = rows_of((board / "leaderboard.md").read_text())
-    variance = {name: row[3] for name, row in rows.items()}
+    rows = rows_of((board / "leaderboard.md").read_text().split("## Ranks")[0])
+    variance = {name: row[4] for name, row in rows.items()}
     assert variance["batch_topk-8"].startswith("**")
     assert not variance["jumprelu-8"].startswith("**")  # its interval overlaps, its pairs differ
     assert not any("**" in cell for n, row in rows.items() if "control" in n for cell in row)
@@ -233,8 +243,8 @@ def test_bold_is_what_cannot_be_told_apart_from_the_best_and_never_a_control(boa
 def test_a_missed_l0_has_a_footnote(board):
     text = (board / "leaderboard.md").read_text()
     rows = rows_of(text)
-    assert rows["relu-8"][2].endswith("†")
-    assert "†" not in rows["relu-16"][2]
+    assert rows["relu-8"][3].endswith("†")
+    assert "†" not in rows["relu-16"][3]
     assert "† : misses" in text or "†: misses the asked-for L0 by more than 10 %" in text
 
 
@@ -280,7 +290,7 @@ def test_the_terminal_shows_the_same_numbers_with_stars(toy):
 def test_a_metric_that_nobody_has_is_left_out_and_no_metric_at_all_is_an_error(toy, tmp_path):
     Leaderboard(metrics=("nothing", "shrinkage"), formats=("md",))(toy, tmp_path)
     header = list(rows_of((tmp_path / "leaderboard.md").read_text()).values())[0]
-    assert header == ["SAE", "variant", "L0", "shrinkage"]
+    assert header == ["SAE", "rank", "variant", "L0", "shrinkage", "explained variance ↑"]
     without = toy._replace(scores=toy.scores[toy.scores["metric"] != "l0"])
     with pytest.raises(UserError, match="Metrics of these results: .*shrinkage"):
         Leaderboard(metrics=("nothing",))(without, tmp_path)
@@ -356,9 +366,11 @@ def test_parameters_make_columns_of_their_own(tmp_path):
     results.write_manifest(folder, "toy", DEFINITION, {"s": entry}, runs)
     read = results.read(folder)
     Leaderboard(metrics=("auc",), formats=("md",))(read, tmp_path)
-    header, _, row = rows_of((tmp_path / "leaderboard.md").read_text()).values()
+    text = (tmp_path / "leaderboard.md").read_text()
+    (header, row) = (rows_of(text)[name] for name in ("SAE", "s"))
     assert header[2:] == ["AUC (k=1) ↑", "AUC (k=2) ↑", "AUC (k=10) ↑"]
     assert row[2:] == ["0.05", "0.1", "0.5"]
+    assert "No SAE has explained_variance, to sort by; sorted by AUC (k=1)." in text
     with pytest.raises(UserError, match=r"auc\[k=1\], auc\[k=2\], auc\[k=10\]"):
         Pareto(x="auc", y="auc").draw(read)
 
@@ -378,6 +390,315 @@ def test_the_leaderboard_does_not_import_matplotlib():
     code = "import sys, saebench.reports.leaderboard; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# Ranks
+
+
+def two_and_a_worse(folder: Path) -> results.Results:
+    """a and b are the same to the last unit; c is far below."""
+    high, low = noisy(0.9, 0.01, 0), noisy(0.5, 0.01, 1)
+    values = {"a": high, "b": high, "c": low}
+    saes = {
+        name: (trained(name), [row("explained_variance", v), row("l0", v, best=None)])
+        for name, v in values.items()
+    }
+    return write(folder, saes)
+
+
+def test_what_cannot_be_told_apart_shares_a_letter_and_its_ranks(tmp_path):
+    made = two_and_a_worse(tmp_path / "toy")
+    Leaderboard()(made, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    rows = rows_of(text)
+    assert [rows[name][1] for name in "abc"] == ["1–2 a, 50 %", "1–2 a, 50 %", "3 b"]
+    assert [rows[name][4].startswith("**") for name in "abc"] == [True, True, False]
+    assert "### 2.resid\\_post, width 64, asked-for L0 8" in text or "### 2.resid_post" in text
+    assert rows_of(text.split("## Ranks")[1])["a"] == ["a", "1–2 a"]
+
+
+def test_the_csv_has_the_ranks_of_what_is_ranked(tmp_path):
+    made = two_and_a_worse(tmp_path / "toy")
+    Leaderboard(formats=("csv",))(made, tmp_path)
+    with (tmp_path / "leaderboard.csv").open() as file:
+        rows = {(row["sae"], row["metric"]): row for row in csv.DictReader(file)}
+    names = ("rank_low", "rank_high", "group", "p_best")
+    assert [rows["b", "explained_variance"][n] for n in names] == ["1", "2", "a", "0.5"]
+    assert [rows["c", "explained_variance"][n] for n in names] == ["3", "3", "b", "0.0"]
+    assert [rows["c", "l0"][n] for n in names] == ["", "", "", ""]
+
+
+def test_controls_and_references_are_marked_and_never_ranked(tmp_path):
+    perfect, good = noisy(1.0, 0.001, 0), noisy(0.9, 0.01, 1)
+    saes = {
+        "identity": (control("identity", kind="reference"), [row("explained_variance", perfect)]),
+        "random": (control("random"), [row("explained_variance", perfect)]),
+        "a": (trained("a"), [row("explained_variance", good)]),
+        "b": (trained("b"), [row("explained_variance", good - 0.1)]),
+    }
+    made = write(tmp_path / "toy", saes)
+    Leaderboard()(made, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    rows = rows_of(text)
+    assert list(rows)[2:6] == ["a", "b", "random *(control)*", "identity *(reference)*"]
+    assert [rows[name][1] for name in list(rows)[2:6]] == ["1 a, &gt;99 %", "2 b", "", ""]
+    assert "identity" not in text.split("## Ranks")[1].split("## Metrics")[0]
+    terminal = Leaderboard().text(made)
+    assert "(reference)" in terminal and "(control)" in terminal
+
+
+def test_rows_are_sorted_by_the_metric_asked_for(tmp_path):
+    saes = {
+        name: (trained(name), [row("explained_variance", ev), row("mse", error, best="min")])
+        for name, ev, error in (
+            ("a", noisy(0.9, 0.01, 0), noisy(3.0, 0.01, 2)),
+            ("b", noisy(0.5, 0.01, 1), noisy(1.0, 0.01, 3)),
+        )
+    }
+    made = write(tmp_path / "toy", saes)
+    for sort, order in (("explained_variance", ["a", "b"]), ("mse", ["b", "a"])):
+        Leaderboard(metrics=("explained_variance",), sort=sort)(made, tmp_path)
+        text = (tmp_path / "leaderboard.md").read_text()
+        assert [name for name in rows_of(text) if name in ("a", "b")] == order
+        assert [rows_of(text)[name][1] for name in order] == ["1 a, &gt;99 %", "2 b"]
+        assert ("MSE ↓" in rows_of(text)["SAE"]) == (
+            sort == "mse"
+        )  # it is shown what it is sorted by
+    Leaderboard(sort="auc")(made, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    assert "No SAE has auc, to sort by; sorted by explained variance." in text
+
+
+# Seeds
+
+
+def seeded(folder: Path, values: dict[str, list[float]], sd: float = 0.01) -> results.Results:
+    """Recipes whose seeds have these values, on the same hard and easy sequences."""
+    saes = {}
+    text = noisy(0.0, 10 * sd, 99)
+    for variant, of_seeds in values.items():
+        for seed, mean in enumerate(of_seeds):
+            own = noisy(mean, sd, sum(map(ord, variant)) + seed) + text
+            rows = [row("explained_variance", own), row("l0", 8 + noisy(0, 1, seed), best=None)]
+            saes[f"{variant}-s{seed}"] = (trained(variant, seed=seed), rows)
+    return write(folder, saes)
+
+
+def test_seeds_of_a_recipe_are_one_row_with_their_mean(tmp_path):
+    made = seeded(tmp_path / "toy", {"topk": [0.80, 0.82, 0.84], "relu": [0.6]})
+    Leaderboard()(made, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    rows = rows_of(text)
+    assert {"topk-w64-l8 (3 seeds)", "relu-s0"} < set(rows)
+    assert "topk-s0" not in rows
+    assert rows["topk-w64-l8 (3 seeds)"][4].startswith("**0.82 ")
+    assert "topk-w64-l8 (3 seeds)" in Leaderboard().text(made)
+    seeds = rows_of(text.split("## Seeds")[1])["topk-w64-l8"]
+    assert seeds[:2] == ["topk-w64-l8", "L0"]
+    lines = text.split("## Seeds")[1].splitlines()
+    shown = next(line for line in lines if "| explained variance" in line)
+    cells = [cell.strip() for cell in shown.strip("|").split("|")]
+    # var(y) = 0.02^2; own noise 0.01^2 / 100; sqrt(0.0004 - 0.000001) = 0.01997
+    assert cells[2:] == ["0.82", "0.02", cells[4], "0.8, 0.82, 0.84"]
+    assert float(cells[4]) == pytest.approx(
+        0.1005 / 10, rel=0.2
+    )  # sqrt(0.1^2 + 0.01^2) / sqrt(100)
+
+
+def test_one_seed_each_has_no_section_of_seeds(toy, board):
+    text = (board / "leaderboard.md").read_text()
+    assert "## Seeds" not in text and "seeds)" not in text
+    assert "Trained with one seed each" in text
+
+
+def test_recipes_are_not_told_apart_by_what_training_seeds_do(tmp_path):
+    scattered = seeded(tmp_path / "a", {"topk": [0.7, 0.8, 0.9], "relu": [0.65, 0.75, 0.85]})
+    steady = seeded(tmp_path / "b", {"topk": [0.80, 0.801, 0.799], "relu": [0.75, 0.751, 0.749]})
+    alone = seeded(tmp_path / "c", {"topk": [0.8], "relu": [0.75]})
+    found = [
+        [Evidence(read).standings(VARIANCE, grouped(read.scores)[0])[name][:3] for name in names]
+        for read, names in (
+            (scattered, ("topk-w64-l8", "relu-w64-l8")),
+            (steady, ("topk-w64-l8", "relu-w64-l8")),
+            (alone, ("topk-s0", "relu-s0")),
+        )
+    ]
+    assert found == [
+        [(1, 2, "a"), (1, 2, "a")],
+        [(1, 1, "a"), (2, 2, "b")],
+        [(1, 1, "a"), (2, 2, "b")],
+    ]
+
+
+def test_the_test_between_recipes_is_welchs_where_evaluation_is_exact():
+    a, b = [0.81, 0.84, 0.80, 0.83], [0.78, 0.80, 0.70]
+    gap = np.mean(a) - np.mean(b)
+    exact = Difference(float(gap), float(gap), float(gap), 0.0, 0.0)
+    sides = ((float(np.std(a, ddof=1)), 4), (float(np.std(b, ddof=1)), 3))
+    expected = scipy.stats.ttest_ind(a, b, equal_var=False).pvalue
+    assert _seeds.p_value(exact, sides, 99) == pytest.approx(expected, rel=1e-9)
+    # A recipe with one seed is taken to scatter as the other does.
+    alone = ((float(np.std(a, ddof=1)), 4), (None, 1))
+    t = gap / (np.std(a, ddof=1) * np.sqrt(1 / 4 + 1))
+    assert _seeds.p_value(exact, alone, 99) == pytest.approx(2 * scipy.stats.t.sf(t, 3), rel=1e-9)
+
+
+def test_the_column_of_a_recipe_has_the_mean_of_its_seeds_values():
+    one = Column(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 1.0]))  # 6 / 4 = 1.5
+    two = Column(np.array([2.0, 2.0, 2.0]), np.array([4.0, 1.0, 1.0]))  # 6 / 6 = 1
+    told = _seeds.recipe_column([one, two])
+    # R + (num - R den) / mean(den)
+    first = 1.5 + (np.array([1, 2, 3]) - 1.5 * np.array([1, 2, 1])) / (4 / 3)
+    second = 1.0 + (np.array([2, 2, 2]) - 1.0 * np.array([4, 1, 1])) / 2
+    np.testing.assert_allclose(first, [1.125, 0.75, 2.625])
+    np.testing.assert_allclose(second, [0.0, 1.5, 1.5])
+    np.testing.assert_allclose(told.num, [0.5625, 1.125, 2.0625])
+    assert told.num.mean() / told.den.mean() == pytest.approx(1.25)
+    assert _seeds.recipe_column([one]) is one
+
+
+def test_how_often_a_recipe_is_the_best_counts_what_training_seeds_do(tmp_path):
+    """Without evaluation noise it is P(t > -gap) of two draws of Student's t."""
+    made = seeded(tmp_path / "toy", {"topk": [0.78, 0.80, 0.82], "relu": [0.76, 0.78, 0.80]}, 1e-6)
+    (group,) = grouped(made.scores)
+    found = Evidence(made).standings(VARIANCE, group)
+    rng = np.random.default_rng(5)
+    a, b = (mean + 0.02 / np.sqrt(3) * rng.standard_t(2, 100_000) for mean in (0.80, 0.78))
+    assert found["topk-w64-l8"].p_best == pytest.approx((a > b).mean(), abs=0.03)
+    assert found["topk-w64-l8"].p_best + found["relu-w64-l8"].p_best == pytest.approx(1)
+
+
+def test_the_same_seed_twice_is_two_recipes(tmp_path):
+    rows = [row("explained_variance", noisy(0.8, 0.1, 0))]
+    saes = {name: (trained("topk", seed=0), rows) for name in ("mine", "other")}
+    made = write(tmp_path / "toy", saes)
+    assert {"mine", "other"} == blocks(made).keys()
+
+
+# Trained against controls
+
+
+def against(folder: Path, of_control: list[float], sparsities: tuple[float, ...] = (8.0,)):
+    """Two trained SAEs at 0.8 and 0.7 beside a control, in a block for each sparsity."""
+    saes = {}
+    for l0, value in zip(sparsities, of_control, strict=True):
+        for name, mean in (("topk", 0.8), ("relu", 0.7)):
+            rows = [row("explained_variance", noisy(mean, 0.02, len(name)))]
+            saes[f"{name}-{l0:g}"] = (trained(name, l0), rows)
+        rows = [row("explained_variance", noisy(value, 0.02, 7)), row("dead", [1.0], best="min")]
+        saes[f"random-{l0:g}"] = (control("random", l0), rows)
+    return write(folder, saes)
+
+
+@pytest.mark.parametrize(
+    ("value", "better", "marked"),
+    [(0.1, 2, False), (0.75, 1, True), (0.7, 1, True), (0.9, 0, True)],
+)
+def test_a_metric_is_marked_where_a_control_is_as_good_as_half_of_the_trained(
+    tmp_path, value, better, marked
+):
+    made = against(tmp_path / "toy", [value])
+    Leaderboard()(made, tmp_path)
+    text = (tmp_path / "leaderboard.md").read_text()
+    (found,) = Evidence(made).separation(VARIANCE).values()
+    assert (found.better, found.pairs, found.separates) == (better, 2, not marked)
+    heading = "explained variance‡ ↑" if marked else "explained variance ↑"
+    assert heading in rows_of(text)["SAE"]
+    assert ("‡: does not separate" in text.split("## Ranks")[0]) == marked
+    assert ("explained variance (random)" in text) == marked
+    for other in (Leaderboard().text(made), (tmp_path / "leaderboard.tex").read_text()):
+        assert any(mark in other for mark in ("‡", "ddagger")) == marked
+
+
+def test_separation_is_in_standard_errors_of_the_paired_difference(tmp_path):
+    made = against(tmp_path / "toy", [0.1])
+    Leaderboard()(made, tmp_path)
+    gaps = [
+        noisy(mean, 0.02, len(name)) - noisy(0.1, 0.02, 7)
+        for name, mean in (("topk", 0.8), ("relu", 0.7))
+    ]
+    by_hand = np.median([gap.mean() / (gap.std(ddof=1) / np.sqrt(len(gap))) for gap in gaps])
+    (found,) = Evidence(made).separation(VARIANCE).values()
+    assert found.z == pytest.approx(by_hand, rel=0.1)  # the interval is a bootstrap's
+    shown = rows_of((tmp_path / "leaderboard.md").read_text().split("Trained against controls")[1])
+    assert shown["metric"] == ["metric", "random"]
+    assert shown["explained variance ↑"][1] == f"+{found.z:.0f} (2/2)"
+    assert "dead" not in str(shown)  # no trained SAE has it
+    with (tmp_path / "separation.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert (line["metric"], line["control"], line["separates"]) == (
+        "explained_variance",
+        "random",
+        "True",
+    )
+    assert float(line["z"]) == found.z
+
+
+@pytest.mark.parametrize(("values", "marked"), [([0.9, 0.1], False), ([0.9, 0.9, 0.1], True)])
+def test_a_mark_takes_more_than_half_of_the_blocks(tmp_path, values, marked):
+    made = against(tmp_path / "toy", values, (8.0, 16.0, 32.0)[: len(values)])
+    (found,) = Evidence(made).separation(VARIANCE).values()
+    assert (found.blocks, found.failed) == (len(values), values.count(0.9))
+    assert found.separates != marked
+
+
+def test_a_reference_and_a_control_of_another_sparsity_separate_nothing(tmp_path):
+    rows = [row("explained_variance", noisy(0.9, 0.02, 7))]
+    saes = {
+        "topk": (trained("topk"), [row("explained_variance", noisy(0.8, 0.02, 1))]),
+        "pca": (control("pca", kind="reference"), rows),
+        "random": (control("random", 16.0), rows),
+    }
+    made = write(tmp_path / "toy", saes)
+    assert Evidence(made).separation(VARIANCE) == {}
+    Leaderboard()(made, tmp_path)
+    assert "Trained against controls" not in (tmp_path / "leaderboard.md").read_text()
+    assert (tmp_path / "separation.csv").read_text().count("\n") == 1
+
+
+def test_latents_are_compared_with_a_control_unpaired(tmp_path):
+    """By Welch's z, and with different numbers of latents."""
+    mine, others = noisy(0.3, 0.1, 0, 200), noisy(0.5, 0.2, 1, 50)
+    saes = {
+        "topk": (trained("topk"), [row("cosine", mine, best="min", unit="latent")]),
+        "random": (control("random"), [row("cosine", others, best="min", unit="latent")]),
+    }
+    made = write(tmp_path / "toy", saes)
+    (found,) = Evidence(made).separation(Key("cosine", "core", "")).values()
+    t = 0.2 / np.sqrt(0.1**2 / 200 + 0.2**2 / 50)
+    assert found.z == pytest.approx(t * 1.959964 / scipy.stats.t.ppf(0.975, 49), rel=1e-6)
+    assert found.better == 1
+
+
+# What runs leave out
+
+
+def test_what_runs_leave_out_is_counted_and_named_once(tmp_path):
+    rows = [row("explained_variance", noisy(0.8, 0.02, 1))]
+    both = Omission("12_us_long", "target has 4,326 values; expected 2 to 50.")
+    one = Omission("7_x", "no latent fires")
+    saes = {name: (trained(name), rows) for name in ("a", "b", "c")}
+    omitted = {"a": [both, one], "b": [both, one], "c": [both]}
+    made = write(tmp_path / "toy", saes, omitted)
+    Leaderboard()(made, tmp_path)
+    notes = (tmp_path / "leaderboard.md").read_text().split("## Not shown")[1]
+    assert "- core leaves out 2, named here:" in notes
+    assert "- core: 12_us_long: target has 4,326 values; expected 2 to 50 (all 3 SAEs)." in notes
+    assert "- core: 7_x: no latent fires (a, b)." in notes
+    assert notes.count("12_us_long") == 1
+    assert "12_us_long" in Leaderboard().text(made)
+
+
+def test_a_long_list_of_omissions_is_cut(tmp_path):
+    omitted = {"a": [Omission(f"set_{i}", "one class") for i in range(42)]}
+    saes = {"a": (trained("a"), [row("explained_variance", noisy(0.8, 0.02, 1))])}
+    made = write(tmp_path / "toy", saes, omitted)
+    Leaderboard()(made, tmp_path)
+    notes = (tmp_path / "leaderboard.md").read_text().split("## Not shown")[1]
+    assert "core leaves out 42, 30 of them named here:" in notes
+    assert notes.count("one class") == 30
+    assert "core: and 12 more, in the run files." in notes
+    assert "set_29:" in notes and "set_30:" not in notes  # in natural order
 
 
 # Pareto
@@ -537,12 +858,13 @@ def test_a_checkpoint_stands_beside_the_saes_whose_sparsity_it_has(toy):
     mine = scores["sae"] == given
     scores.loc[mine, "kind"], scores.loc[mine, "target_l0"] = "checkpoint", np.nan
     scores.loc[mine & (scores["metric"] == "l0"), "value"] = 1.09 * asked
-    near = _table.build(toy._replace(scores=scores), ("explained_variance",))
+    near = blocks(toy._replace(scores=scores))
     scores.loc[mine & (scores["metric"] == "l0"), "value"] = 1.11 * asked
-    far = _table.build(toy._replace(scores=scores), ("explained_variance",))
-    block = {
-        title: next(b.title for b in table.blocks if given in [row.name for row in b.rows])
-        for title, table in (("near", near), ("far", far))
-    }
-    assert f"asked-for L0 {asked:g}" in block["near"]
-    assert "no L0 asked for" in block["far"]
+    far = blocks(toy._replace(scores=scores))
+    assert f"asked-for L0 {asked:g}" in near[given]
+    assert "no L0 asked for" in far[given]
+
+
+def blocks(read: results.Results) -> dict[str, str]:
+    """The title of each SAE's block."""
+    return {one.name: group.title for group in grouped(read.scores) for one in group.contenders}

@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,19 @@ import torch
 from torch import Tensor
 
 from saebench import registry, stats, suite, trainer
-from saebench.types import SAE, Eval, Facts, Outcome, References, Score, Seen, Site, Skip
+from saebench.types import (
+    SAE,
+    Eval,
+    Excerpt,
+    Facts,
+    Outcome,
+    References,
+    Score,
+    Seen,
+    Site,
+    Skip,
+    StreamEval,
+)
 
 D, D_SAE, VOCABULARY = 6, 24, 11
 LENGTHS = (5, 9, 1, 12, 3, 8, 6, 10)
@@ -151,7 +164,9 @@ class Fixed:
 
 
 def all_evals() -> list[Eval]:
-    return [registry.get("evals", name)() for name in registry.names("evals")]
+    """Those that look at the world's text; the others bring their own (`labelled_text`)."""
+    made = [registry.get("evals", name)() for name in registry.names("evals")]
+    return [eval_ for eval_ in made if isinstance(eval_, StreamEval)]
 
 
 def all_metrics() -> list[str]:
@@ -186,6 +201,85 @@ def values(*args: Any, **kwargs: Any) -> dict[str, float]:
         name: stats.value(score.num, score.den, statistic[name])
         for name, score in scores(*args, **kwargs).items()
     }
+
+
+WORDS = 600
+"""Tokens of the toy lab's language model, whose stream knows nothing but the token itself."""
+
+
+class ToyLab:
+    """Activations that can be looked up: row t of the table, wherever token t stands."""
+
+    identity = {"id": "toy"}
+    tokenizer = None
+    longest = 64
+    folder = Path()
+
+    def __init__(self, d: int = D, dtype: torch.dtype = torch.float32) -> None:
+        self.table = _directions(WORDS, d, 95).to(dtype) * 3 + 0.5
+        self.computed: list[Any] = []
+        """What was asked to be kept."""
+
+    def width(self, site: Site) -> int:
+        return self.table.shape[1]
+
+    def activations(self, site: Site, excerpts: Sequence[Excerpt], what: str) -> Tensor:
+        ids = [e.ids[e.wanted] for e in excerpts]
+        return self.table[torch.from_numpy(np.concatenate([np.empty(0, np.int64), *ids]))]
+
+    def kept(self, spec: Any, compute: Any) -> Any:
+        self.computed.append(spec)
+        return compute()
+
+
+def probe_set(  # noqa: PLR0913  (what a test is about)
+    name: str,
+    tokens: Sequence[Sequence[int]],
+    y: Any,
+    pool: Any = "last",
+    tasks: Any = None,
+    each_alone: bool = False,
+    source: str | None = None,
+) -> Any:
+    """Examples of these tokens, split in turn: of every five three are for training and one each for the others."""
+    from saebench.labelled import ProbeSet, Task
+
+    n = len(tokens)
+    ids = [np.array(t, dtype=np.int64) for t in tokens]
+    wanted = [np.arange(0 if pool == "mean" else len(t) - 1, len(t)) for t in ids]
+    return ProbeSet(
+        name=name,
+        source=source or name,
+        pool=pool,
+        excerpts=tuple(Excerpt(*pair) for pair in zip(ids, wanted, strict=True)),
+        example_of=np.repeat(np.arange(n), [len(w) for w in wanted]),
+        n_examples=n,
+        split=np.array([0, 0, 0, 1, 2])[np.arange(n) % 5],
+        tasks=tasks or (Task("", np.arange(n), np.asarray(y, dtype=bool)),),
+        each_alone=each_alone,
+    )
+
+
+def labelled_text(lab: ToyLab) -> Any:
+    """Three sets, with each kind of pooling; what they ask can be seen in the activations, more or less."""
+    from saebench.labelled import Labelled, Task
+    from saebench.types import Omitted
+
+    rng = np.random.default_rng(0)
+    table = lab.table.double().numpy()
+    alone = rng.permutation(WORDS)[:, None]
+    texts = [rng.integers(WORDS, size=size) for size in np.sort(rng.integers(1, 7, size=500))]
+    means = np.array([table[t, 1].mean() for t in texts])
+    kinds = np.digitize(table[alone[:, 0], 2] + rng.normal(size=WORDS), [-0.5, 1.5])
+    classes = [Task(str(c), np.arange(WORDS), kinds == c) for c in range(3)]
+    noisy = table[alone[:, 0], 0] + rng.normal(size=WORDS) > 0.5
+    sets = (
+        probe_set("noisy", alone, noisy),
+        probe_set("mean", texts, means > np.median(means), pool="mean"),
+        probe_set("classes", alone, None, tasks=tuple(classes), source="noisy"),
+        probe_set("each", alone, None, "token", tasks=tuple(classes[:2]), each_alone=True),
+    )
+    return Labelled(sets, (Omitted("left:out", "for a reason"),), "toy text")
 
 
 SAMPLE = {int: 4, float: 0.1, str: "tanh"}

@@ -1,30 +1,25 @@
 """The leaderboard as data: blocks of rows of cells, before any of it is Markdown or LaTeX.
 
-A block holds what may be compared: one site, one width, one asked-for L0. A cell says its value in
-as many digits as its interval warrants. Whether two SAEs differ is decided by a test on their kept
-units, not by whether their intervals overlap.
+A block holds what may be compared: one site, one width, one asked-for L0 (`_blocks`). A cell says its
+value in as many digits as its interval warrants. Whether two SAEs differ is decided by a test on their
+kept units (`_evidence`), not by whether their intervals overlap. `_build` puts it together.
 """
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import pandas as pd
 
-from saebench import results as files
-from saebench import stats
-from saebench.errors import UserError
-from saebench.results import Results
+from saebench.errors import NothingToShow, UserError
 
 MISSED = 0.1
 """An asked-for L0 is missed when the measured one is off by more than this share of it."""
 
-_RANKED_BY = "explained_variance"
 _MOST_DECIMALS = 6
 _SYMMETRIC = 1.25  # the longer arm of an interval over the shorter, up to which it is shown as ±
 _NAMED = re.compile(r"(?P<metric>[^\[\]]+)(\[(?P<params>[^\]]*)\])?")
-_SHORT = {"l0": "L0", "ce": "CE", "kl": "KL", "mse": "MSE", "auc": "AUC"}
+_SHORT = {"l0": "L0", "ce": "CE", "kl": "KL", "mse": "MSE", "auc": "AUC", "sae": "SAE", "l2": "L2"}
 
 
 Best = Literal["min", "max"] | None
@@ -46,6 +41,8 @@ class Heading(NamedTuple):
     doc: str
     reference: str | None
     """What evals give to be read beside it: a bound, or a chance level."""
+    unseparated: tuple[str, ...]
+    """Controls that it does not separate from trained SAEs."""
 
 
 class Number(NamedTuple):
@@ -70,18 +67,39 @@ class Ends(NamedTuple):
     up: str
 
 
-class Cell(NamedTuple):
-    number: Number | None
+class Standing(NamedTuple):
+    """Where a row stands in its block on one metric."""
+
+    low: int
+    """1 + how many are significantly better."""
+    high: int
+    """How many there are, less those that are significantly worse."""
+    letters: str
+    """Two rows share a letter exactly where they cannot be told apart."""
+    p_best: float
+    """Share of resampled draws in which it is the best."""
     tied: bool
     """Cannot be told apart from the best of the block."""
+
+
+class Cell(NamedTuple):
+    number: Number | None
+    standing: Standing | None
+    """None where there is nothing to compare, or the units to compare with were not kept."""
     missed: bool
     """The asked-for L0 was missed."""
+
+    @property
+    def tied(self) -> bool:
+        return self.standing is not None and self.standing.tied
 
 
 class Row(NamedTuple):
     name: str
+    mark: Literal["control", "reference"] | None
+    """Of what is never ranked."""
     variant: str
-    control: bool
+    n_seeds: int
     cells: tuple[Cell, ...]
 
 
@@ -90,9 +108,52 @@ class Block(NamedTuple):
     rows: tuple[Row, ...]
 
 
+class SeedRow(NamedTuple):
+    """One metric of one recipe that was trained with several seeds."""
+
+    name: str
+    metric: str
+    mean: str
+    training_sd: str
+    evaluation_sd: str
+    values: tuple[str, ...]
+
+
+class SeedBlock(NamedTuple):
+    title: str
+    rows: tuple[SeedRow, ...]
+
+
+class Against(NamedTuple):
+    """All trained SAEs beside a control, on one metric."""
+
+    z: float | None
+    """Median difference in standard errors, positive where trained SAEs are better."""
+    better: int
+    """How many are significantly better than the control."""
+    pairs: int
+    blocks: int
+    """How many blocks have the control."""
+    failed: int
+    """In how many of these at most half of the SAEs are significantly better."""
+
+    @property
+    def separates(self) -> bool:
+        return 2 * self.failed <= self.blocks
+
+
+class SeparationRow(NamedTuple):
+    heading: Heading
+    against: dict[str, Against]
+    """By control."""
+
+
 class Table(NamedTuple):
     headings: tuple[Heading, ...]
+    sorted_by: int
+    """Which of the headings."""
     blocks: tuple[Block, ...]
+    seeds: tuple[SeedBlock, ...]
     facts: str
     """Model, sites, text and tokens, in a sentence."""
     reading: tuple[str, ...]
@@ -127,7 +188,7 @@ def one_key(scores: pd.DataFrame, name: str) -> Key:
         choices = ", ".join(f"{key.metric}[{key.params}]" for key in found)
         raise UserError(f"{name!r} is measured in several ways. Name one of them: {choices}")
     known = ", ".join(sorted(set(scores["metric"]))) or "none"
-    raise UserError(f"No SAE has a metric {name!r}. Metrics of these results: {known}")
+    raise NothingToShow(f"No SAE has a metric {name!r}. Metrics of these results: {known}")
 
 
 def of_key(scores: pd.DataFrame, key: Key) -> pd.DataFrame:
@@ -168,53 +229,29 @@ def number(value: float, low: float, high: float) -> Number:
     return Number(shown, Ends(*parts), exponent)
 
 
-def build(results: Results, metrics: Sequence[str]) -> Table:
-    scores = newest(results.scores)
-    headings = _headings(scores, metrics)
-    if not headings:
-        known = ", ".join(sorted(set(scores["metric"]))) or "none yet"
-        raise UserError(
-            f"{results.folder}: no SAE has any of {', '.join(metrics)}. Metrics of these results: "
-            f"{known}. Name some of these in the leaderboard's `metrics`, or finish the run."
-        )
-    columns = {heading.key: of_key(scores, heading.key) for heading in headings}
-    saes = _matched(scores.drop_duplicates("sae").set_index("sae"), scores)
-    bootstraps: dict[tuple[int, int], stats.Bootstrap] = {}
-    blocks = []
-    for title, members in _grouped(saes):
-        tied = {
-            heading.key: _tied(results, heading, columns[heading.key], members, bootstraps)
-            for heading in headings
-        }
-        blocks.append(Block(title, _rows(headings, columns, saes, members, tied)))
-    return Table(
-        headings=tuple(headings),
-        blocks=tuple(blocks),
-        facts=_facts(results, scores),
-        reading=tuple(_reading(results, headings, blocks)),
-        notes=tuple(_notes(results)),
-    )
+def shown(given: Number) -> str:
+    """0.913 ± 0.002, 0.03 [0.02, 0.05] or (1.2 ± 0.1)e-6."""
+    value, interval, exponent = given
+    text = value
+    if isinstance(interval, Arm):
+        text = f"{value} ± {interval.length}"
+    elif isinstance(interval, Ends):
+        text = f"{value} [{interval.low}, {interval.high}]"
+    if exponent:
+        text = f"({text})e{exponent}" if interval else f"{text}e{exponent}"
+    return text
 
 
-def _matched(saes: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Puts each checkpoint beside the SAEs of its width whose asked-for L0 it has, where there are such."""
-    measured = scores[scores["metric"] == "l0"]
-    l0 = dict(zip(map(str, measured["sae"]), map(float, measured["value"]), strict=True))
-    trained = saes[saes["kind"] == "trained"]
-    asked_for = []
-    for name, row in saes.iterrows():
-        asked = float(row["target_l0"])
-        if row["kind"] == "checkpoint" and math.isnan(asked) and str(name) in l0:
-            here = trained[(trained["site"] == row["site"]) & (trained["width"] == row["width"])]
-            asked = _hit(l0[str(name)], [float(a) for a in here["target_l0"].dropna()])
-        asked_for.append(asked)
-    return saes.assign(target_l0=asked_for)
-
-
-def _hit(l0: float, asked: Sequence[float]) -> float:
-    """The nearest of the asked-for values, NaN where none is within what counts as hit."""
-    distance, nearest = min(((abs(l0 / a - 1), a) for a in asked), default=(math.inf, math.nan))
-    return nearest if distance <= MISSED else math.nan
+def spelled(value: float, low: float, high: float) -> tuple[str, str, str]:
+    """A value and the ends of its interval, with a digit more than `number`, so that no end is rounded to zero."""
+    digits = number(value, low, high)
+    if digits.interval is None:
+        return f"{value:.4g}", f"{low:.4g}", f"{high:.4g}"
+    decimals = len(digits.value.partition(".")[2]) + 1
+    power = f"e{digits.exponent}" if digits.exponent else ""
+    scale = 10.0**digits.exponent
+    first, second, third = (f"{part / scale:.{decimals}f}{power}" for part in (value, low, high))
+    return first, second, third
 
 
 def _decimals(half: float) -> int | None:
@@ -225,242 +262,3 @@ def _decimals(half: float) -> int | None:
     if half * 10.0**places < 1.95:
         places += 1
     return None if places > _MOST_DECIMALS else max(0, places)
-
-
-def _headings(scores: pd.DataFrame, metrics: Sequence[str]) -> list[Heading]:
-    # L0 is the axis along which SAEs are matched: no table goes without it.
-    wanted = list(dict.fromkeys(["l0", *metrics]))
-    return [
-        _heading(scores, key, len(found))
-        for name in wanted
-        for found in [keys(scores, name)]
-        for key in found
-    ]
-
-
-def _heading(scores: pd.DataFrame, key: Key, n_ways: int) -> Heading:
-    rows = of_key(scores, key)
-    row = rows.iloc[0]
-    best: Best = row["best"] if row["best"] in ("min", "max") else None
-    label = words(key.metric)
-    if n_ways > 1:
-        label += f" ({key.params or key.eval_name})"
-    reference = _reference(rows["reference"].dropna())
-    return Heading(key, label, best, row["unit"], row["doc"], reference)
-
-
-def _reference(given: "pd.Series[float]") -> str | None:
-    if given.empty:
-        return None
-    least, most = f"{given.min():.3g}", f"{given.max():.3g}"
-    return least if least == most else f"{least} to {most}"
-
-
-def _none_last(value: Any) -> tuple[bool, float]:
-    return (True, 0.0) if pd.isna(value) else (False, float(value))
-
-
-def _grouped(saes: pd.DataFrame) -> Iterable[tuple[str, list[str]]]:
-    """Blocks in order: title and the SAEs in it."""
-    for site in sorted(set(saes["site"]), key=natural):
-        here = saes[saes["site"] == site]
-        contenders = here[here["kind"] != "control"]
-        controls = here[here["kind"] == "control"]
-        # Width and asked-for L0, None where nobody asked, as for a foreign checkpoint.
-        places = {_place(row) for _, row in contenders.iterrows()}
-        placed: set[str] = set()
-        for place in sorted(places, key=lambda p: (_none_last(p[0]), _none_last(p[1]))):
-            members = [str(name) for name, row in contenders.iterrows() if _place(row) == place]
-            beside = [str(n) for n, row in controls.iterrows() if _belongs(row, place, places)]
-            placed.update(beside)
-            yield _title(site, place), members + beside
-        left = [str(name) for name in controls.index if name not in placed]
-        if left:
-            yield f"{site}, controls", left
-
-
-_Place = tuple[int | None, float | None]
-
-
-def _place(row: "pd.Series[Any]") -> _Place:
-    width = None if pd.isna(row["width"]) else int(row["width"])
-    return width, None if pd.isna(row["target_l0"]) else float(row["target_l0"])
-
-
-def _belongs(control: "pd.Series[Any]", place: _Place, places: set[_Place]) -> bool:
-    """A control stands beside the SAEs of its asked-for L0: of its own width, if there are such."""
-    own = _place(control)
-    return own[1] is not None and (own == place or (own not in places and own[1] == place[1]))
-
-
-def _title(site: str, place: _Place) -> str:
-    width, l0 = place
-    parts = [site]
-    parts.append("no width asked for" if width is None else f"width {width:,}")
-    parts.append("no L0 asked for" if l0 is None else f"asked-for L0 {l0:g}")
-    if width is None and l0 is None:
-        return f"{site}, checkpoints"
-    return ", ".join(parts)
-
-
-def _tied(
-    results: Results,
-    heading: Heading,
-    column: pd.DataFrame,
-    members: Sequence[str],
-    bootstraps: dict[tuple[int, int], stats.Bootstrap],
-) -> frozenset[str]:
-    """Empty where there is nothing to compare, or the units to compare with were not kept."""
-    rows = column[column.index.isin(list(members)) & (column["kind"] != "control")]
-    kept = all(files.has_units(results, file) for file in rows["file"])
-    if heading.best is None or len(rows) < 2 or not kept:
-        return frozenset()
-    found = {
-        str(sae): files.units_in(results.folder / str(file), heading.key.metric)
-        for sae, file in rows["file"].items()
-    }
-    # One SAE's latents are not another's.
-    paired = heading.unit != "latent"
-    if paired:
-        found = files.on_common_units(found)
-    shape = (len(next(iter(found.values())).num), stats.draws_for(len(found) - 1))
-    bootstrap = bootstraps.setdefault(shape, stats.Bootstrap(*shape))
-    statistic = rows["statistic"].iloc[0]
-    columns = {sae: stats.Column(u.num, u.den, statistic) for sae, u in found.items()}
-    return stats.tie_group(columns, heading.best, paired, bootstrap)
-
-
-def _rows(
-    headings: Sequence[Heading],
-    columns: dict[Key, pd.DataFrame],
-    saes: pd.DataFrame,
-    members: Sequence[str],
-    tied: dict[Key, frozenset[str]],
-) -> tuple[Row, ...]:
-    rows = []
-    for name in _ranked(headings, columns, saes, members):
-        cells = (_cell(columns[h.key], name, name in tied[h.key]) for h in headings)
-        about = saes.loc[name]
-        control = str(about["kind"]) == "control"
-        rows.append(Row(name, str(about["variant"]), control, tuple(cells)))
-    return tuple(rows)
-
-
-def _ranked(
-    headings: Sequence[Heading],
-    columns: dict[Key, pd.DataFrame],
-    saes: pd.DataFrame,
-    members: Sequence[str],
-) -> list[str]:
-    """Best first, controls last."""
-    directed = [h for h in headings if h.best is not None]
-    first = directed[0] if directed else None
-    by = next((h for h in directed if h.key.metric == _RANKED_BY), first)
-
-    def order(name: str) -> tuple[bool, tuple[bool, float], list[tuple[int, int, str]]]:
-        is_control = str(saes.loc[name, "kind"]) == "control"
-        if by is None or name not in columns[by.key].index:
-            return is_control, (True, 0.0), natural(name)
-        value = float(cast(float, columns[by.key].loc[name, "value"]))
-        return is_control, (False, -value if by.best == "max" else value), natural(name)
-
-    return sorted(members, key=order)
-
-
-def _cell(column: pd.DataFrame, name: str, tied: bool) -> Cell:
-    if name not in column.index:
-        return Cell(None, tied=False, missed=False)
-    found = [cast(float, column.loc[name, part]) for part in ("value", "ci_low", "ci_high")]
-    asked = cast(float, column.loc[name, "target_l0"])
-    # NaN, where no L0 was asked for, is not missed by anything.
-    missed = column.loc[name, "metric"] == "l0" and abs(found[0] - asked) > MISSED * asked
-    return Cell(number(*found), tied, bool(missed))
-
-
-def _facts(results: Results, scores: pd.DataFrame) -> str:
-    sites = ", ".join(sorted(set(scores["site"]), key=natural))
-    tokens = scores.loc[scores["unit"] == "sequence", "n"]
-    amount = ""
-    if len(tokens):
-        least, most = int(tokens.min()), int(tokens.max())
-        amount = f"{most:,} tokens of " if least == most else f"{least:,} to {most:,} tokens of "
-    return f"{results.model}, at {sites}, on {amount}{results.text}."
-
-
-def _reading(results: Results, headings: Sequence[Heading], blocks: Sequence[Block]) -> list[str]:
-    cells = [cell for block in blocks for row in block.rows for cell in row.cells]
-    sentences = [_about_intervals(headings)]
-    if any(cell.tied for cell in cells):
-        sentences.append(
-            "Bold: cannot be told apart from the best of its block at the 5 % level "
-            f"({_about_test(headings)}, Holm-adjusted)."
-        )
-    if any(row.control for block in blocks for row in block.rows):
-        sentences.append("(control): a reference to read the others against; never ranked.")
-    if any(cell.missed for cell in cells):
-        sentences.append(
-            f"†: misses the asked-for L0 by more than {MISSED:.0%}, so it is compared at another "
-            "sparsity than the rest of its block.".replace("%", " %")
-        )
-    sentences += _about_dead(results, headings)
-    if not _all_units_kept(results):
-        sentences.append("Units of some runs were not kept: these columns have no bold.")
-    return sentences
-
-
-def _about_dead(results: Results, headings: Sequence[Heading]) -> list[str]:
-    """How little a latent may fire that was never seen to: the count of tokens is part of the metric."""
-    rows = results.scores[results.scores["metric"] == "dead_fraction"].dropna(subset=["reference"])
-    if rows.empty or not any(heading.key.metric == "dead_fraction" for heading in headings):
-        return []
-    bound = 100 * rows["reference"].max()
-    return [
-        f"dead fraction: of latents silent on {int(rows['n'].min()):,} tokens; with 95 % confidence such a "
-        f"latent fires on fewer than {bound:.2g} % of tokens."
-    ]
-
-
-def _about_intervals(headings: Sequence[Heading]) -> str:
-    units: dict[str, list[str]] = {}
-    for heading in headings:
-        units.setdefault(heading.unit, []).append(heading.label)
-    commonest = max(units, key=lambda unit: len(units[unit]))
-    others = [f"{unit}s for {', '.join(n)}" for unit, n in units.items() if unit != commonest]
-    rest = f" ({'; '.join(others)})" if others else ""
-    return (
-        f"± and [low, high]: 95 % interval over {commonest}s{rest}; left out where it is narrower "
-        "than the digits shown or where there are too few units."
-    )
-
-
-def _about_test(headings: Sequence[Heading]) -> str:
-    directed = {heading.unit for heading in headings if heading.best is not None}
-    paired = sorted(f"{unit}s" for unit in directed - {"latent"})
-    tests = [f"paired test on the same {' or '.join(paired)}"] if paired else []
-    if "latent" in directed:
-        tests.append("unpaired over latents")
-    return "; ".join(tests)
-
-
-def _all_units_kept(results: Results) -> bool:
-    return all(files.has_units(results, file) for file in set(results.scores["file"]))
-
-
-def _notes(results: Results) -> list[str]:
-    notes = []
-    for (eval_name, reason), rows in results.skips.groupby(["eval", "reason"], sort=True):
-        names = ", ".join(sorted(set(rows["sae"]), key=natural))
-        notes.append(f"{eval_name} does not apply to {names}: {reason}")
-    if results.missing:
-        runs = "1 run is" if len(results.missing) == 1 else f"{len(results.missing)} runs are"
-        notes.append(f"{runs} not done yet: `saebench run` continues them.")
-    if results.stale:
-        some = "1 result file" if len(results.stale) == 1 else f"{len(results.stale)} result files"
-        verb = "is" if len(results.stale) == 1 else "are"
-        state = "of an earlier state of this suite"
-        notes.append(f"{some} {state} {verb} kept in runs/ and not shown.")
-    outdated = results.scores.drop(newest(results.scores).index)
-    if len(outdated):
-        evals = ", ".join(sorted(set(outdated["eval"])))
-        notes.append(f"Scores of older versions of {evals} are not shown.")
-    return notes

@@ -1,9 +1,10 @@
 """What fidelity costs: one metric against another, one line per variant through its frontier.
 
 A frontier holds the SAEs of a variant that no other SAE of it beats on both metrics; those that are
-beaten are drawn faint. Bars are 95 % intervals. Controls are grey: a dotted line where a control
-has no sparsity to choose, a marker where it was asked for one. What lies far outside the range of
-the SAEs stands with its value in a strip at the edge, instead of squashing the plot.
+beaten are drawn faint. Bars are 95 % intervals; several seeds of one recipe are one point at their
+mean, whose bars reach over the intervals of all of them. Controls and references are grey: a dotted
+line where one has no sparsity to choose, a marker where it was asked for one. What lies far outside
+the range of the SAEs stands with its value in a strip at the edge, instead of squashing the plot.
 """
 
 import io
@@ -26,7 +27,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from saebench import stats
-from saebench.errors import UserError
+from saebench.errors import NothingToShow, UserError
 from saebench.reports import _table
 from saebench.results import Results, write_bytes_whole
 
@@ -38,6 +39,7 @@ _MOST_LEGEND_COLUMNS = 5
 _LOG_ABOVE = 20.0  # spread of a positive metric from which on its axis is logarithmic
 _NEAR = 0.6  # a control this share of the SAEs' range beyond it still gets a place on the axis
 _PAD = 0.06  # free space at the ends of an axis, as a share of it
+_STANDARDS = ("control", "reference")  # kinds that SAEs are read against
 _TINY = 0.02  # a horizontal interval below this share of the axis is hidden by its marker anyway
 _MOST_TICKS = 7
 _MOST_VALUES = 6  # printed in one row of the strip
@@ -223,10 +225,10 @@ def _styled() -> Iterator[None]:
 def _plot(results: Results, x: str, y: str) -> _Plot:
     scores = _table.newest(results.scores)
     across, up = (_table.of_key(scores, _table.one_key(scores, name)) for name in (x, y))
-    points = _points(across, up)
-    is_sae = points["kind"] != "control"
+    points = _seeds_together(_points(across, up))
+    is_sae = ~points["kind"].isin(_STANDARDS)
     if not is_sae.any():
-        raise UserError(
+        raise NothingToShow(
             f"{results.folder}: no SAE has both {x!r} and {y!r}, so there is nothing to plot. "
             "Finish the run, or name metrics that the suite's evals measure."
         )
@@ -246,7 +248,7 @@ def _plot(results: Results, x: str, y: str) -> _Plot:
 
 def _points(across: pd.DataFrame, up: pd.DataFrame) -> pd.DataFrame:
     both = across.index[across.index.isin(up.index)]
-    points = across.loc[both, ["kind", "variant", "width", "target_l0", "site"]].copy()
+    points = across.loc[both, ["kind", "variant", "width", "target_l0", "site", "seed"]].copy()
     for axis, rows in (("x", across), ("y", up)):
         value = rows.loc[both, "value"]
         points[axis] = value
@@ -257,15 +259,36 @@ def _points(across: pd.DataFrame, up: pd.DataFrame) -> pd.DataFrame:
     return points
 
 
+def _seeds_together(points: pd.DataFrame) -> pd.DataFrame:
+    """One row for each recipe, named by its first seed."""
+    trained = points["kind"] == "trained"
+    recipe = ["label", "width", "target_l0", "site"]
+    if not points[trained].duplicated(recipe).any():
+        return points
+    sums = {
+        "x": "mean",
+        "y": "mean",
+        "x_low": "min",
+        "y_low": "min",
+        "x_high": "max",
+        "y_high": "max",
+    }
+    met = points[trained].groupby(recipe, sort=False, dropna=False)[list(sums)].agg(sums)
+    first = points[trained].drop_duplicates(recipe).copy()
+    first[list(sums)] = met.to_numpy()
+    return pd.concat([first, points[~trained]])
+
+
 def _labels(points: pd.DataFrame) -> list[str]:
     """What is one line, or one kind of mark, has one label."""
     several_widths = points.loc[points["kind"] == "trained", "width"].dropna().nunique() > 1
     by_name = (points["kind"] == "checkpoint").sum() <= _MOST_NAMED_CHECKPOINTS
     labels = []
     for row in points.itertuples():
-        if row.kind == "control":
-            labels.append(f"{row.variant} (control)")
-        elif row.kind == "checkpoint":
+        kind = str(row.kind)
+        if kind in _STANDARDS:
+            labels.append(f"{row.variant} ({kind})")
+        elif kind == "checkpoint":
             name = str(row.Index if by_name else row.variant)
             labels.append(f"{name} (checkpoint)")
         elif several_widths:
@@ -331,7 +354,8 @@ def _spreads(values: "pd.Series[float]") -> bool:
 
 def _panel(panel: Axes, plot: _Plot, here: pd.DataFrame) -> None:
     shown = here[np.isfinite(plot.x.at(here["x"]))]
-    saes, controls = shown[shown["kind"] != "control"], here[here["kind"] == "control"]
+    saes = shown[~shown["kind"].isin(_STANDARDS)]
+    controls = here[here["kind"].isin(_STANDARDS)]
     low, high = _span(plot.y, saes, ["y", "y_low", "y_high"])
     reach = _NEAR * (high - low)
     places = plot.y.at(controls["y"])
@@ -351,7 +375,8 @@ def _panel(panel: Axes, plot: _Plot, here: pd.DataFrame) -> None:
         _draw_strip(panel, plot, controls[below & (controls["label"] == label)], i, "↓")
     for i, label in enumerate(rows_above):
         _draw_strip(panel, plot, controls[above & (controls["label"] == label)], i, "↑")
-    _draw_left_out(panel, here[~here.index.isin(shown.index) & (here["kind"] != "control")])
+    left_out = ~here.index.isin(shown.index) & ~here["kind"].isin(_STANDARDS)
+    _draw_left_out(panel, here[left_out])
 
 
 def _span(axis: _Axis, rows: pd.DataFrame, columns: list[str]) -> tuple[float, float]:
