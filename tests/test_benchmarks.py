@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saebench import stats
-from tests.conftest import World
+from tests.conftest import Place, Run, World, WriteSuite
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -182,3 +182,22 @@ def test_the_memory_of_this_process_is_counted_in_bytes():
 
     held = np.ones(30_000_000)
     assert held.nbytes < _common.peak_memory() < math.inf
+
+
+def test_saes_are_measured_again_on_parts_and_with_other_splits(
+    world: World, run: Run, write_suite: WriteSuite, place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [f"{word * 3} {i},{i % 2}" for i, word in enumerate(["ab", "cd"] * 60)]
+    (place.folder / "letters.csv").write_text("prompt,target\n" + "\n".join(rows))
+    sizes = {"train": 40, "validation": 20, "test": 20, "k": [1, 5]}
+    probing = {"sparse_probing": {"datasets": [{"files": "letters.csv"}], **sizes}}
+    path = write_suite(evals=["sparsity", "reconstruction", probing], controls=[])
+    assert run(path).code == 0
+    folders = ["--checkpoints", place.checkpoints, "--work", place.folder / "work"]
+    counts = ["--parts", "4", "--seeds", "2", "--out", place.folder]
+    started(monkeypatch, "reseed", path, *folders, *counts)
+    rows_of = {row["metric"]: row for row in read(place.folder / "reseed_suite.json")["rows"]}
+    # One SAE: two pairs of parts. A single dataset has no interval.
+    assert rows_of["explained_variance"]["differences"] == 2
+    assert rows_of["explained_variance"]["sd"] > 0 and rows_of["explained_variance"]["stated"] > 0
+    assert "probe_auc_k1" not in rows_of
