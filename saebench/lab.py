@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.progress import Meter
 from saebench.subject import LanguageModel
 from saebench.types import Excerpt, Site, Spec
 
@@ -32,9 +31,7 @@ class ModelLab:
     def width(self, site: Site) -> int:
         return self.subject.width(site)
 
-    def activations(
-        self, site: Site, excerpts: Sequence[Excerpt], what: str
-    ) -> Float[Tensor, "n d"]:
+    def activations(self, site: Site, excerpts: Sequence[Excerpt]) -> Float[Tensor, "n d"]:
         """At the wanted positions, excerpt after excerpt, on the CPU in the model's dtype."""
         spec = self.subject.numerics(site) | {
             "kind": "excerpts",
@@ -47,14 +44,12 @@ class ModelLab:
         if cache.array(*key) is None:
             with cache.writing(*key) as writer:
                 if writer is not None:
-                    for piece in self._read(site, excerpts, what):
+                    for piece in self._read(site, excerpts):
                         writer.append(piece)
         kept = cache.array(*key)
         if kept is not None:
             return kept
-        return torch.cat(
-            [torch.empty(0, shape[1], dtype=key[2]), *self._read(site, excerpts, what)]
-        )
+        return torch.cat([torch.empty(0, shape[1], dtype=key[2]), *self._read(site, excerpts)])
 
     def kept(self, spec: Spec, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         whole = {
@@ -73,16 +68,12 @@ class ModelLab:
     def _batch_tokens(self) -> int:
         return self.subject.batch_rows * self.subject.tokens.context
 
-    def _read(
-        self, site: Site, excerpts: Sequence[Excerpt], what: str
-    ) -> Iterator[Float[Tensor, "w d"]]:
-        with Meter(what, sum(len(e.ids) for e in excerpts), "tokens") as meter:
-            for batch in _batches(excerpts, self._batch_tokens):
-                stream = self.subject.read([site], _filled(batch))[site]
-                rows = np.repeat(np.arange(len(batch)), [len(e.wanted) for e in batch])
-                columns = np.concatenate([e.wanted for e in batch])
-                yield stream[torch.from_numpy(rows), torch.from_numpy(columns)].cpu()
-                meter.advance(sum(len(e.ids) for e in batch))
+    def _read(self, site: Site, excerpts: Sequence[Excerpt]) -> Iterator[Float[Tensor, "w d"]]:
+        for batch in _batches(excerpts, self._batch_tokens):
+            stream = self.subject.read([site], _filled(batch))[site]
+            rows = np.repeat(np.arange(len(batch)), [len(e.wanted) for e in batch])
+            columns = np.concatenate([e.wanted for e in batch])
+            yield stream[torch.from_numpy(rows), torch.from_numpy(columns)].cpu()
 
 
 def _batches(excerpts: Sequence[Excerpt], tokens: int) -> Iterator[Sequence[Excerpt]]:

@@ -214,12 +214,10 @@ class Lab(Protocol):
     """Relative paths in an eval's parameters are meant from here."""
 
     def width(self, site: Site) -> int: ...
-    def activations(
-        self, site: Site, excerpts: Sequence[Excerpt], what: str
-    ) -> Float[Tensor, "n d"]:
+    def activations(self, site: Site, excerpts: Sequence[Excerpt]) -> Float[Tensor, "n d"]:
         """At the wanted positions, excerpt after excerpt, on the CPU in the model's dtype; read once and kept on disk.
 
-        Excerpts of about the same length should stand together. `what` is shown as progress.
+        Excerpts of about the same length should stand together.
         """
         ...
 

@@ -51,7 +51,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 
 def test_an_excerpt_has_the_activations_that_it_has_alone(world: World, cache: Path | None):
     found, given = lab_of(world, cache), excerpts(2, 5, 5, 17, 40)
-    x = found.activations(SITE, given, "excerpts")
+    x = found.activations(SITE, given)
     alone = [
         found.subject.read([SITE], torch.from_numpy(e.ids)[None])[SITE][
             0, torch.from_numpy(e.wanted)
@@ -63,17 +63,17 @@ def test_an_excerpt_has_the_activations_that_it_has_alone(world: World, cache: P
 
 def test_activations_are_read_once_and_kept(world: World, tmp_path: Path, monkeypatch: Any):
     given = excerpts(3, 4)
-    first = lab_of(world, tmp_path).activations(SITE, given, "excerpts")
+    first = lab_of(world, tmp_path).activations(SITE, given)
     later = lab_of(world, tmp_path)
     monkeypatch.setattr(later.subject, "read", toys.never)
-    assert torch.equal(later.activations(SITE, given, "excerpts"), first)
+    assert torch.equal(later.activations(SITE, given), first)
 
 
 def test_other_positions_and_other_tokens_are_other_activations(world: World, tmp_path: Path):
     found, (given,) = lab_of(world, tmp_path), excerpts(6)
     moved = given._replace(wanted=np.array([1, 2, 3]))
     changed = given._replace(ids=given.ids[::-1].copy())
-    three = [found.activations(SITE, [e], "excerpts") for e in (given, moved, changed)]
+    three = [found.activations(SITE, [e]) for e in (given, moved, changed)]
     assert not torch.equal(three[0], three[1]) and not torch.equal(three[0], three[2])
 
 
@@ -86,7 +86,7 @@ def test_batches_hold_so_many_tokens_filled_up_and_lose_no_excerpt():
 
 
 def test_no_excerpt_gives_no_activation(world: World):
-    assert lab_of(world, None).activations(SITE, [], "excerpts").shape == (0, 16)
+    assert lab_of(world, None).activations(SITE, []).shape == (0, 16)
 
 
 def test_what_was_computed_is_kept_for_the_same_spec(world: World, tmp_path: Path):
@@ -126,7 +126,7 @@ class Active(TextEval):
 
     def prepare(self, lab: Lab, reading: Letters, site: Site) -> torch.Tensor:
         calls.append(f"prepare {self.n} {lab.identity['id']} {site}")
-        return lab.activations(site, reading.excerpts, "letters").float()
+        return lab.activations(site, reading.excerpts).float()
 
     def scores(self, sae: SAE, prepared: Any, shuffled: bool) -> Sequence[Score | Omitted]:
         if self.n == 13:

@@ -128,7 +128,9 @@ def world(offset: float = 3.0, dtype: torch.dtype = torch.float64) -> World:
         torch.from_numpy(x).to(dtype),
         torch.from_numpy(sequence),
         torch.from_numpy(~last & (np.arange(n) % 6 != 0)),
-        (x @ unembedding).argmax(-1),  # what the model predicts, so that ablating the stream costs something
+        (x @ unembedding).argmax(
+            -1
+        ),  # what the model predicts, so that ablating the stream costs something
         unembedding,
     )
 
@@ -223,7 +225,7 @@ class ToyLab:
     def width(self, site: Site) -> int:
         return self.table.shape[1]
 
-    def activations(self, site: Site, excerpts: Sequence[Excerpt], what: str) -> Tensor:
+    def activations(self, site: Site, excerpts: Sequence[Excerpt]) -> Tensor:
         ids = [e.ids[e.wanted] for e in excerpts]
         return self.table[torch.from_numpy(np.concatenate([np.empty(0, np.int64), *ids]))]
 
