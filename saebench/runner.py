@@ -523,6 +523,8 @@ class _Scoring:
         for run_ in runs:
             assert isinstance(run_.eval, StreamEval), "the other kind is scored on its own text"
             try:
+                if candidate.untrained_lm and run_.eval.needs_outcome:
+                    raise Skip("a language model before its training predicts nothing to lose")
                 self.tallies.append((run_, run_.eval.start(self.sae, facts)))
                 self.needs_outcome |= run_.eval.needs_outcome
             except Skip as reason:
