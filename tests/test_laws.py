@@ -16,7 +16,7 @@ from saebench.evals.geometry import Geometry
 from saebench.evals.reconstruction import Reconstruction
 from saebench.evals.shrinkage import Shrinkage
 from saebench.evals.sparsity import Sparsity
-from saebench.types import Skip
+from saebench.types import Omitted, Score, Seen, Skip
 from tests import toys
 
 CODE = "is of the code, whatever comes back from it"
@@ -466,3 +466,21 @@ def test_features_of_different_size_shrink_by_the_ratio_of_totals(world):
     g = sizes.numpy()
     assert found["shrinkage"] == pytest.approx(((g - 0.1) ** 2).sum() / ((g - 0.1) * g).sum())
     assert found["l2_ratio"] == pytest.approx(np.mean((g - 0.1) / g))
+
+
+def test_shares_of_what_ablation_costs_are_left_out_where_it_costs_nothing():
+    """A model that ignores its stream: only what is no share is scored."""
+    world = toys.world()
+    deaf = replace(world, readout=np.zeros_like(world.readout))
+    sae = toys.sae_of("relu").double()
+    tally = Fidelity().start(sae, deaf.facts())
+    for batch in deaf.batches():
+        code = sae.encode_sparse(batch.x)
+        x_hat = sae.decode_sparse(code)
+        tally.update(Seen(batch, code, x_hat, batch.outcome(x_hat)))
+    found = tally.scores()
+    left_out = [part.what for part in found if isinstance(part, Omitted)]
+    assert left_out == ["loss_recovered", "loss_recovered_mean"]
+    values = {s.metric: s.num.sum() / s.den.sum() for s in found if isinstance(s, Score)}
+    assert values["ce_loss_increase"] == pytest.approx(0, abs=1e-12)
+    assert values["ce_loss_clean"] == pytest.approx(np.log(toys.VOCABULARY))

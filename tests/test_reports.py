@@ -682,23 +682,26 @@ def test_what_runs_leave_out_is_counted_and_named_once(tmp_path):
     made = write(tmp_path / "toy", saes, omitted)
     Leaderboard()(made, tmp_path)
     notes = (tmp_path / "leaderboard.md").read_text().split("## Not shown")[1]
-    assert "- core leaves out 2, named here:" in notes
+    assert "- core leaves out 2 datasets or metrics, wholly or in part:" in notes
     assert "- core: 12_us_long: target has 4,326 values; expected 2 to 50 (all 3 SAEs)." in notes
     assert "- core: 7_x: no latent fires (a, b)." in notes
     assert notes.count("12_us_long") == 1
     assert "12_us_long" in Leaderboard().text(made)
 
 
-def test_a_long_list_of_omissions_is_cut(tmp_path):
-    omitted = {"a": [Omission(f"set_{i}", "one class") for i in range(42)]}
+def test_many_things_left_out_for_one_reason_are_one_line(tmp_path):
+    """The reason is the same but for its numbers."""
+    found = [Omission(f"set_{i}", f"{i} of {1000 + i:,} rows have no target") for i in range(42)]
+    omitted = {"a": [*found, Omission("set_7", "one class")]}
     saes = {"a": (trained("a"), [row("explained_variance", noisy(0.8, 0.02, 1))])}
     made = write(tmp_path / "toy", saes, omitted)
     Leaderboard()(made, tmp_path)
     notes = (tmp_path / "leaderboard.md").read_text().split("## Not shown")[1]
-    assert "core leaves out 42, 30 of them named here:" in notes
-    assert notes.count("one class") == 30
-    assert "core: and 12 more, in the run files." in notes
-    assert "set_29:" in notes and "set_30:" not in notes  # in natural order
+    assert "- core leaves out 42 datasets or metrics, wholly or in part:" in notes
+    assert "core: 42 alike, such as set_0: 0 of 1,000 rows have no target; they are set_0," in notes
+    assert "set_11 and 30 more (a)." in notes and "set_12" not in notes  # in natural order
+    assert "- core: set_7: one class (a)." in notes
+
 
 
 # Pareto

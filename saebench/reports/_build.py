@@ -1,8 +1,9 @@
 """Puts the leaderboard together: which rows and columns, in which order, and how to read them."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,8 @@ from saebench.results import Results
 
 AFTER_THE_LETTERS = "% after the letters"
 """How the sentence begins that is about what narrow tables leave out."""
-_MOST_OMITTED = 30
+_MOST_OMITTED = 12
+"""Names in one line."""
 _MOST_NAMES = 6
 
 
@@ -358,28 +360,49 @@ def _notes(results: Results) -> list[str]:
     return notes
 
 
+class _Omission(NamedTuple):
+    """Something that is left out of the runs of these SAEs."""
+
+    what: str
+    reason: str
+    saes: frozenset[str]
+
+
 def _omissions(results: Results) -> list[str]:
-    """What runs leave out: for each eval how much, then each thing with its reason."""
+    """What runs leave out: for each eval how much, then each thing with its reason.
+
+    Many things left out for one reason, but for the numbers in it, are one line.
+    """
     shown = results.omitted[results.omitted["file"].isin(set(newest(results.scores)["file"]))]
     lines = []
     for eval_name, of_eval in shown.groupby("eval", sort=True):
         scored = results.scores[results.scores["eval"] == eval_name]
         everyone = set(scored["sae"])
         found = [
-            (str(what), str(reason), set(rows["sae"]))
+            _Omission(str(what), str(reason).rstrip("."), frozenset(rows["sae"]))
             for (what, reason), rows in of_eval.groupby(["what", "reason"], sort=False)
         ]
-        found.sort(key=lambda omission: (natural(omission[0]), omission[1]))
+        found.sort(key=lambda omission: (natural(omission.what), omission.reason))
+        alike: dict[tuple[str, frozenset[str]], list[_Omission]] = {}
+        for omission in found:
+            kind = (re.sub(r"\d[\d,.]*", "", omission.reason), omission.saes)
+            alike.setdefault(kind, []).append(omission)
         n_things = of_eval["what"].nunique()
-        named = "named" if len(found) <= _MOST_OMITTED else f"{_MOST_OMITTED} of them named"
-        lines.append(f"{eval_name} leaves out {n_things}, {named} here:")
-        lines += [
-            f"{eval_name}: {what}: {reason.rstrip('.')} ({_for_whom(saes, everyone)})."
-            for what, reason, saes in found[:_MOST_OMITTED]
-        ]
-        if len(found) > _MOST_OMITTED:
-            lines.append(f"{eval_name}: and {len(found) - _MOST_OMITTED} more, in the run files.")
+        some = "1 dataset or metric" if n_things == 1 else f"{n_things} datasets or metrics"
+        lines.append(f"{eval_name} leaves out {some}, wholly or in part:")
+        for (_, saes), group in alike.items():
+            lines.append(f"{eval_name}: {_together(group)} ({_for_whom(set(saes), everyone)}).")
     return lines
+
+
+def _together(group: Sequence[_Omission]) -> str:
+    first = group[0]
+    if len(group) == 1:
+        return f"{first.what}: {first.reason}"
+    names = [omission.what for omission in group]
+    more = len(names) - _MOST_OMITTED
+    listed = ", ".join(names[:_MOST_OMITTED]) + (f" and {more} more" if more > 0 else "")
+    return f"{len(group)} alike, such as {first.what}: {first.reason}; they are {listed}"
 
 
 def _for_whom(saes: set[str], everyone: set[str]) -> str:
