@@ -105,6 +105,8 @@ class Candidate:
     """Whether it is one of the language model before its training, and is scored there."""
     shuffled: bool = False
     """Whether it is scored with labels that were dealt out anew, and with nothing else."""
+    parents_codes: bool = False
+    """Whether its codes are those of another SAE."""
 
 
 class EvalRun(NamedTuple):
@@ -317,7 +319,17 @@ class Workbench:
             return sae
 
         made = f"made:{results.key(spec)}"
-        return Candidate(name, entry, site, site, made, load, shuffled=control.value.shuffled)
+        built = control.value
+        return Candidate(
+            name,
+            entry,
+            site,
+            site,
+            made,
+            load,
+            shuffled=built.shuffled,
+            parents_codes=built.parents_codes,
+        )
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
         stage = self.stage_of(candidate)
@@ -469,6 +481,10 @@ def _score_text(bench: Workbench, run_: EvalRun, sae: SAE) -> None:
         return _provenance(bench.options.device) | {"seconds": took}
 
     try:
+        if candidate.parents_codes and eval_.codes_alone:
+            raise Skip(
+                "its codes are those of the SAE that it is made of, whose scores it would have"
+            )
         with torch.no_grad():
             found = eval_.scores(sae, bench.prepared(eval_, candidate), candidate.shuffled)
     except Skip as reason:

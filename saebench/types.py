@@ -240,6 +240,9 @@ class Reading(Protocol):
 class TextEval(Eval):
     """Brings its own text. What does not depend on the SAE is computed once for a site."""
 
+    codes_alone: ClassVar[bool] = False
+    """Whether it looks at nothing but codes, so that an SAE with another's codes has the other's scores."""
+
     @abstractmethod
     def read(self, lab: Lab) -> Reading:
         """Without running the model. Raises `UserError` where nothing can be read at all."""

@@ -151,3 +151,17 @@ def test_the_same_probes_are_found_in_any_group_and_again(
         path.unlink()
     assert run(suite_file, "--no-cache").code == 0
     assert written(place) == before
+
+
+def test_a_control_with_the_codes_of_a_trained_sae_is_not_probed(
+    run: Run, write_suite: WriteSuite, place: Place, datasets: Path
+):
+    """It would tie with its parent by construction, and mark probing as telling nothing apart."""
+    controls = ["permuted_decoder", "shuffled_labels"]
+    assert run(write_suite(evals=["sparsity", probing()], controls=controls)).code == 0
+    found = results.read(place.results())
+    (skipped,) = found.skips.itertuples()
+    assert (skipped.sae, skipped.eval) == ("permuted_decoder-w32-l4", "sparse_probing")
+    assert "its codes are those of the SAE that it is made of" in skipped.reason
+    scored = found.scores[found.scores["eval"] == "sparse_probing"]["sae"]
+    assert set(scored) == {"topk-w32-l4-s0", "shuffled_labels-w32-l4"}

@@ -64,6 +64,8 @@ class Control(ABC):
 class BuiltControl(Control):
     """Made from activations, or from a trained SAE, without training."""
 
+    parents_codes: ClassVar[bool] = False
+    """Whether its codes are those of its parent, so that evals of codes alone can say nothing of it."""
     shuffled: ClassVar[bool] = False
     """Whether evals that learn from labels get these dealt out anew; other evals have nothing to say of it."""
 

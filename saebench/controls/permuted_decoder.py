@@ -5,7 +5,7 @@ One for each width and L0, made of the suite's first SAE of that shape (or the f
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 
@@ -19,6 +19,8 @@ class PermutedDecoder(BuiltControl):
     of: str | None = None
     """Variant of the parents; None takes the first in the suite."""
     seed: int = 0
+
+    parents_codes: ClassVar = True
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         # A single row has no other latent to go to.

@@ -107,6 +107,7 @@ class SparseProbing(TextEval):
 
     version: ClassVar = 1
     metrics: ClassVar = _metrics()
+    codes_alone: ClassVar = True
 
     def __post_init__(self) -> None:
         if not self.datasets:
