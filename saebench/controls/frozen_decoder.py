@@ -4,8 +4,7 @@ Korznikov et al. 2026 (https://arxiv.org/abs/2602.14111) found that such SAEs co
 several standard metrics: what they reach, a metric gives for learning to read random directions.
 
 One for each width and L0, with the recipe of the suite's first SAE of that shape (or the first of the variant `of`)
-that has a decoder of its own. TopK recipes make it harder to beat than L1 penalties, under which codes of random directions
-come out far too small.
+that has a decoder of its own. Recipes that keep the largest latents make it harder to beat than L1 penalties do.
 """
 
 from collections.abc import Sequence
