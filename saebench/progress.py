@@ -17,6 +17,7 @@ class Meter:
         self.what, self.total, self.unit = what, total, unit
         self.done = self.first = done
         self._began = self._shown = time.monotonic()
+        self._printed: int | None = None
         self._bar = _bar() if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Meter":
@@ -35,7 +36,7 @@ class Meter:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._printed != self.done:
             self._print_line()
 
     def advance(self, amount: int) -> None:
@@ -52,6 +53,7 @@ class Meter:
         return f"{(self.done - self.first) / seconds:,.0f} {self.unit}/s"
 
     def _print_line(self) -> None:
+        self._printed = self.done
         seconds = time.monotonic() - self._began
         pace = seconds / max(self.done - self.first, 1)
         left = pace * (self.total - self.done)

@@ -157,7 +157,7 @@ class SparseProbing(TextEval):
 
 def _read(lab: Lab, site: Site, sets: Sequence[ProbeSet]) -> Iterator[Float[Tensor, "n_wanted d"]]:
     lengths = [sum(len(excerpt.ids) for excerpt in set_.excerpts) for set_ in sets]
-    with Meter(f"reading {len(sets)} probing datasets", sum(lengths), "tokens") as meter:
+    with Meter("reading texts to probe", sum(lengths), "tokens") as meter:
         for set_, length in zip(sets, lengths, strict=True):
             yield lab.activations(site, set_.excerpts)
             meter.advance(length)
