@@ -545,7 +545,8 @@ def _sample(model: Any, rows: int, context: int) -> TextTokens:
     """Random token ids, none of them special."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     drawn = np.random.default_rng(0).integers(vocabulary, size=(rows, context), dtype=np.int32)
-    return TextTokens(drawn, drawn, "random", "random", frozenset(), context)
+    documents = np.arange(rows)
+    return TextTokens(drawn, drawn, "random", "random", frozenset(), context, documents)
 
 
 def _shape_for(work: Work, seconds_per_token: float) -> tuple[int, int]:

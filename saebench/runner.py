@@ -23,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -574,7 +575,8 @@ class _Scoring:
 def _write(
     bench: Workbench, run_: EvalRun, found: Sequence[Score | Omitted], provenance: Spec
 ) -> None:
-    rows = [_row(run_.eval, part) for part in found if isinstance(part, Score)]
+    documents = bench.tokens.documents
+    rows = [_row(run_.eval, part, documents) for part in found if isinstance(part, Score)]
     omitted = [Omission(*part) for part in found if isinstance(part, Omitted)]
     results.write(bench.folder, run_.spec, rows, omitted, provenance)
 
@@ -756,8 +758,12 @@ def _public_definition(bench: Workbench) -> Spec:
     return definition
 
 
-def _row(eval_: Eval, score_: Score) -> ScoreRow:
+def _row(eval_: Eval, score_: Score, documents: Int[np.ndarray, " sequences"]) -> ScoreRow:
+    """`documents`: what each sequence of the evaluation text is from."""
     metric = next(m for m in eval_.metrics if m.name == score_.metric)
+    clusters = score_.clusters
+    if metric.unit == "sequence" and len(np.unique(documents)) < len(documents):
+        clusters = [str(number) for number in documents]
     return ScoreRow(
         metric=metric.name,
         best=metric.best,
@@ -769,7 +775,7 @@ def _row(eval_: Eval, score_: Score) -> ScoreRow:
         n=score_.n,
         reference=score_.reference,
         ids=score_.ids,
-        clusters=score_.clusters,
+        clusters=clusters,
         ends=metric.ends,
     )
 

@@ -5,7 +5,8 @@ text, so that identical texts are on one side however often they occur. On each 
 form one stream, put apart by the model's BOS (its EOS where it has no BOS; by nothing where it has
 neither). A row is that same token followed by the next `context - 1` tokens of the stream; what does
 not fill a row at the end is dropped. Amounts of tokens always count the tokens that SAEs see: those
-that are not special.
+that are not special. The evaluation text takes no more than the first `EVAL_ROWS` rows' worth of a document: tokens of
+one document are alike, and many documents tell more than much of a few.
 """
 
 import hashlib
@@ -29,6 +30,8 @@ _TESTS = {"test", "tests", "idle_test", "idle_tests"}
 _FILE_KINDS = (".jsonl", ".txt", ".parquet")
 _TXT_DOCUMENT_CHARACTERS = 2_000
 _BATCH_CHARACTERS = 200_000
+EVAL_ROWS = 16
+"""Of one document in the evaluation text, at the most."""
 
 
 class Document(NamedTuple):
@@ -94,6 +97,9 @@ class TextTokens(NamedTuple):
     fingerprint_eval: str
     special_ids: frozenset[int]
     context: int
+    documents: Int[np.ndarray, " eval_rows"]
+    """Which document each row of the evaluation text begins in. Rows of one document are alike, so that documents are
+    what is resampled."""
 
 
 def stdlib_documents(with_tests: bool = False) -> Iterator[Document]:
@@ -152,8 +158,8 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     between = separator(tokenizer)
     special = special_ids(tokenizer)
     least = -(-train_tokens // train_passes)
-    train = _Side(train_tokens, context, between, special)
-    held_out = _Side(eval_tokens, context, between, special)
+    train = _Side(train_tokens, context, between, special, None)
+    held_out = _Side(eval_tokens, context, between, special, EVAL_ROWS * context)
     wanted = _wanted(documents(source), train, held_out, eval_share)
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
@@ -172,6 +178,7 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
         fingerprint_eval=_fingerprint(eval_rows, special),
         special_ids=special,
         context=context,
+        documents=held_out.documents()[: len(eval_rows)],
     )
 
 
@@ -193,8 +200,15 @@ class _Side:
     """The stream of one side of the split, as far as it is needed."""
 
     def __init__(
-        self, needed: int, context: int, separator: int | None, special: frozenset[int]
+        self,
+        needed: int,
+        context: int,
+        separator: int | None,
+        special: frozenset[int],
+        most: int | None,
     ) -> None:
+        """`most`: tokens of one document; None takes all."""
+        self._most = most
         self.needed, self.context, self.separator, self.special = (
             needed,
             context,
@@ -202,7 +216,8 @@ class _Side:
             special,
         )
         self._pieces: list[np.ndarray] = []
-        self._streamed = 0
+        self._begins: list[int] = []
+        self._streamed = self._length = 0
 
     @property
     def full(self) -> bool:
@@ -221,10 +236,14 @@ class _Side:
     def add(self, ids: Int[np.ndarray, " n"]) -> None:
         if len(ids) and ids[0] == self.separator:
             ids = ids[1:]
+        ids = ids[: self._most]
         if not len(ids):
             return
         if self._pieces and self.separator is not None:
             self._pieces.append(np.array([self.separator], dtype=np.int32))
+            self._length += 1
+        self._begins.append(self._length)
+        self._length += len(ids)
         self._pieces.append(ids.astype(np.int32))
         self._streamed += int((~special_mask(ids, self.special)).sum())
 
@@ -233,6 +252,12 @@ class _Side:
         rows = self._whole_rows()
         counts = np.cumsum((~special_mask(rows, self.special)).sum(1))
         return rows[: int(np.searchsorted(counts, self.needed)) + 1] if self.needed else rows[:0]
+
+    def documents(self) -> Int[np.ndarray, " rows"]:
+        """The number of the document that each row begins in."""
+        width = self.context - (self.separator is not None)
+        starts = np.arange(self._length // width) * width
+        return np.maximum(np.searchsorted(self._begins, starts, side="right") - 1, 0)
 
     def _whole_rows(self) -> Int[np.ndarray, "rows context"]:
         stream = np.concatenate([np.empty(0, np.int32), *self._pieces])

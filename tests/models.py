@@ -205,6 +205,7 @@ def tiny_tokens(n_train: int = 6, n_eval: int = 7, seed: int = 0) -> TextTokens:
         fingerprint_eval=f"eval {n_eval} {seed}",
         special_ids=special,
         context=CONTEXT,
+        documents=np.arange(n_eval),
     )
 
 

@@ -194,6 +194,7 @@ def packed_by_hand(source, context, separator, special, needed, evaluation, shar
     for document in text.documents(source):
         if text.is_eval(document, share) == evaluation:
             ids = BYTES(document.text, add_special_tokens=False)["input_ids"]
+            ids = ids[: 16 * context] if evaluation else ids
             stream += ([separator] if stream else []) + ids
     rows, seen = [], 0
     while seen < needed:
@@ -215,6 +216,25 @@ def test_rows_are_those_of_the_definition(tmp_path, context):
         expected = packed_by_hand(source, context, BOS, special, needed, evaluation, 0.3)
         assert rows.tolist() == expected
         assert rows.dtype == np.int32
+
+
+def test_a_row_is_of_the_document_that_it_begins_in(tmp_path):
+    """Documents of 3, 5 and 9 bytes with a separator between, in rows of 4 bytes after their BOS."""
+    source = jsonl(tmp_path, ["abc", "defgh", "ijklmnopq"])
+    tokens = text.tokenize(source, BYTES, 5, 0, 15, eval_share=1 - 1e-9)
+    letters = "".join(BYTES.convert_ids_to_tokens(tokens.evaluation.ravel()))
+    assert letters == "<bos>abc<bos><bos>defg<bos>h<bos>ij<bos>klmn"
+    assert tokens.documents.tolist() == [0, 1, 1, 2]
+
+
+def test_no_more_of_a_document_is_evaluated_than_sixteen_rows(tmp_path):
+    """However long it is; training takes all of it."""
+    source = jsonl(tmp_path, ["x" * 1000, *stories(40)])
+    held_out = text.tokenize(source, BYTES, 8, 0, 300, eval_share=1 - 1e-9)
+    assert np.bincount(held_out.documents)[0] <= 16 + 3
+    assert len(set(held_out.documents.tolist())) > 2
+    train = text.tokenize(source, BYTES, 8, 900, 0, eval_share=1e-9).train
+    assert (train == BYTES.convert_tokens_to_ids("x")).sum() >= 880
 
 
 @settings(max_examples=30, deadline=None)

@@ -25,7 +25,7 @@ _LEAST_RISE = 0.01
 @final
 @dataclass(frozen=True)
 class Fidelity(StreamEval):
-    version: ClassVar = 1
+    version: ClassVar = 2
     needs_outcome: ClassVar = True
     metrics: ClassVar = (
         Metric(

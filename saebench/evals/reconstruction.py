@@ -19,7 +19,7 @@ from saebench.types import SAE, Facts, Metric, Score, Seen, StreamEval, Tally
 @final
 @dataclass(frozen=True)
 class Reconstruction(StreamEval):
-    version: ClassVar = 1
+    version: ClassVar = 2
     metrics: ClassVar = (
         Metric(
             "explained_variance",

@@ -21,7 +21,7 @@ from saebench.types import SAE, Facts, Metric, Score, Seen, Skip, StreamEval, Ta
 @final
 @dataclass(frozen=True)
 class Shrinkage(StreamEval):
-    version: ClassVar = 1
+    version: ClassVar = 2
     metrics: ClassVar = (
         Metric(
             "shrinkage",

@@ -23,7 +23,7 @@ _DENSE = 0.1
 @final
 @dataclass(frozen=True)
 class Sparsity(StreamEval):
-    version: ClassVar = 1
+    version: ClassVar = 2
     metrics: ClassVar = (
         Metric("l0", None, "sequence", "active latents per token"),
         Metric(
