@@ -3,8 +3,8 @@
     python benchmarks/reseed.py SUITE --checkpoints FOLDER --work FOLDER [--parts 8] [--seeds 4]
 
 The SAEs of a suite that was run already (`saebench run SUITE --checkpoints FOLDER`) are scored several times: by the
-evals on the stream on so many disjoint parts of the evaluation text, one after the other, so that a document is hardly
-ever in two; by evals with a text of their own with so many seeds of their split. Measurements are compared two by two
+evals on the stream on so many disjoint parts of the evaluation text, by documents; by evals with a text of their own with
+so many seeds of their split. Measurements are compared two by two
 (the first with the second, the third with the fourth ...), by `stats.independent_difference`.
 
 inside    share of differences whose 95 % interval holds zero: about 95 % where intervals say what varies. SAEs of one
@@ -87,11 +87,14 @@ def _evals(asked: argparse.Namespace, kind: type) -> list[Plugin]:
 def _parts(asked: argparse.Namespace) -> Iterator[results.Results]:
     evals = _evals(asked, StreamEval)
     bench = _open(asked, evals, "parts")
-    rows = np.array_split(bench.tokens.evaluation, asked.parts)
     whole = bench.tokens
-    for number, part in enumerate(rows):
+    documents = np.array_split(np.unique(whole.documents), asked.parts)
+    for number, some in enumerate(documents):
+        part = np.isin(whole.documents, some)
         bench.tokens = whole._replace(
-            evaluation=part, fingerprint_eval=f"part {number} of {whole.fingerprint_eval}"
+            evaluation=whole.evaluation[part],
+            documents=whole.documents[part],
+            fingerprint_eval=f"part {number} of {whole.fingerprint_eval}",
         )
         bench.stage = bench._stage(bench.loaded)
         bench.subject, bench.stream = bench.stage.subject, bench.stage.stream

@@ -16,7 +16,7 @@ import typer
 import typer.core
 
 from saebench import __version__, registry
-from saebench.errors import UserError
+from saebench.errors import NothingToShow, UserError
 
 
 class _Commands(typer.core.TyperGroup):
@@ -103,12 +103,13 @@ def report(
     found = read(results)
     board = Leaderboard()
     if sort is not None:
-        board = Leaderboard(sort=sort)
+        board = Leaderboard(metrics=(*board.metrics, sort), sort=sort)
         board.check_sort(found)
+    wanted = tuple(part.strip() for part in format.split(",")) if format else ()
+    files = replace(board, formats=wanted)
     _print(board.text(found))
-    if format:
-        formats = tuple(part.strip() for part in format.split(","))
-        for path in replace(board, formats=formats)(found, results):
+    if wanted:
+        for path in files(found, results):
             _print(f"wrote {path}")
 
 
@@ -282,10 +283,14 @@ def _describe_checkpoint(folder: Path) -> list[str]:
 
 
 def _text_of(folder: Path) -> str:
+    """The leaderboard, or why there is none: the runs are finished all the same."""
     from saebench.reports.leaderboard import Leaderboard
     from saebench.results import read
 
-    return Leaderboard().text(read(folder))
+    try:
+        return Leaderboard().text(read(folder))
+    except NothingToShow as reason:
+        return str(reason)
 
 
 def _print(text: str) -> None:

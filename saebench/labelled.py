@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -241,26 +240,18 @@ def _tables(texts: Texts, folder: Path) -> Iterator[tuple[str, Callable[[], _Tab
         table = _hub_table(texts)
         yield _hub_name(texts), table
         return
-    for path in _matching(texts.files, folder):
+    for path in text.matching(texts.files, folder):
         yield _stem(path), partial(_file_table, path, texts)
-
-
-def _matching(pattern: str, folder: Path) -> list[Path]:
-    given = Path(pattern).expanduser()
-    root = Path(given.anchor) if given.is_absolute() else folder
-    relative = given.relative_to(root) if given.is_absolute() else given
-    paths = sorted(p for p in root.glob(str(relative)) if p.is_file())
-    if not paths:
-        raise UserError(
-            f"no file matches {pattern!r} (looked in {root}); a pattern is relative to the folder of the suite "
-            "file, or absolute"
-        )
-    return paths
 
 
 def _stem(path: Path) -> str:
     kind = _file_kind(path)
-    return path.name if kind is None else path.name.removesuffix(kind)
+    return _writable(path.name if kind is None else path.name.removesuffix(kind))
+
+
+def _writable(name: str) -> str:
+    """Names of files and fields of JSON can hold what no text file can: halves of characters."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _file_kind(path: Path) -> str | None:
@@ -272,7 +263,7 @@ def _file_table(path: Path, texts: Texts) -> _Table:
         columns = _columns(path, texts)
     except _BROKEN as error:
         said = str(error).replace(str(path), path.name).partition("\n")[0]
-        raise _Unusable(f"it cannot be read: {type(error).__name__}: {said}") from error
+        raise _Unusable(_writable(f"it cannot be read: {type(error).__name__}: {said}")) from error
     return _chosen(columns, texts)
 
 
@@ -284,10 +275,16 @@ def _columns(path: Path, texts: Texts) -> Mapping[str, Sequence[Any]]:
         return _jsonl_columns(path)
     if kind == ".parquet":
         return _parquet_columns(path, texts)
-    return _csv_columns(path, kind)
+    return _csv_columns(path, kind, texts)
 
 
-def _csv_columns(path: Path, kind: str) -> dict[str, list[str]]:
+def _check_once(names: Sequence[str], texts: Texts) -> None:
+    for name in (texts.text, texts.label):
+        if names.count(name) > 1:
+            raise ValueError(f"the column {name!r} is there {names.count(name)} times")
+
+
+def _csv_columns(path: Path, kind: str, texts: Texts) -> dict[str, list[str]]:
     """Everything as it is written: what is missing, and what is a number, is decided later for all formats alike."""
     import pandas as pd  # half a second, as is pyarrow, and most runs read no such file
     import pyarrow
@@ -298,15 +295,12 @@ def _csv_columns(path: Path, kind: str) -> dict[str, list[str]]:
             file = stack.enter_context(gzip.open(file))
         elif kind == ".csv.zst":
             file = stack.enter_context(pyarrow.CompressedInputStream(file, "zstd"))
-        with (
-            warnings.catch_warnings()
-        ):  # fields beyond the header would be dropped with no more than a warning
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            try:
-                table = pd.read_csv(file, dtype=str, na_filter=False, index_col=False)
-            except pd.errors.ParserWarning as warning:
-                raise ValueError("a row has more fields than the header") from warning
-    return {str(name): table[name].tolist() for name in table.columns}
+        # The header is read as a row: pandas would give two columns of one name two names, and leave out what a row
+        # has beyond the header.
+        table = pd.read_csv(file, dtype=str, na_filter=False, header=None)
+    names = table.iloc[0].tolist()
+    _check_once(names, texts)
+    return {name: table[i].tolist()[1:] for i, name in enumerate(names)}
 
 
 def _jsonl_columns(path: Path) -> dict[str, list[Any]]:
@@ -327,6 +321,7 @@ def _parquet_columns(path: Path, texts: Texts) -> dict[str, list[Any]]:
 
     file = pyarrow.parquet.ParquetFile(path)
     names = file.schema_arrow.names
+    _check_once(names, texts)
     wanted = [name for name in (texts.text, texts.label) if name in names]
     table = file.read(columns=wanted)
     return {name: table[name].to_pylist() if name in wanted else [] for name in names}
@@ -335,7 +330,8 @@ def _parquet_columns(path: Path, texts: Texts) -> dict[str, list[Any]]:
 def _chosen(columns: Mapping[str, Sequence[Any]], texts: Texts) -> _Table:
     for name in (texts.text, texts.label):
         if name not in columns:
-            raise _Unusable(f"no column {name!r}; there are: {', '.join(columns) or 'none'}")
+            there = _writable(", ".join(columns)) or "none"
+            raise _Unusable(f"no column {name!r}; there are: {there}")
     return _Table(columns[texts.text], columns[texts.label])
 
 
@@ -354,8 +350,8 @@ def _hub_table(texts: Texts) -> Callable[[], _Table]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data set {texts.dataset!r} (config {texts.config!r}, split {texts.split!r}, revision "
-            f"{texts.revision!r}) could not be loaded: {error}. Without a network, set HF_HUB_OFFLINE=1 to use what "
-            "was downloaded before, or name local files: {files: '*.csv'}"
+            f"{texts.revision!r}) could not be loaded: {error.__cause__ or error}. Without a network, set "
+            "HF_HUB_OFFLINE=1 to use what was downloaded before, or name local files: {files: '*.csv'}"
         ) from error
 
     def load() -> _Table:
@@ -412,7 +408,7 @@ def _written(target: Any) -> str | None:
     if isinstance(target, float) and math.isnan(target):
         return None
     if isinstance(target, str | bool | int | float):
-        written = str(target).strip()
+        written = _writable(str(target)).strip()
         return None if written in MISSING else written
     return None
 

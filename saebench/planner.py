@@ -67,6 +67,8 @@ class Scored(NamedTuple):
     l0: float
     untrained_lm: bool = False
     """Whether it is one of the LM before its training, as a control."""
+    shuffled: bool = False
+    """Whether evals with labels alone look at it."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,14 @@ class Work:
         return self.eval_rows * self.context
 
     @property
+    def streamed(self) -> list[Scored]:
+        """What is to be scored on the evaluation text."""
+        return [s for s in self.scored if not s.shuffled] if _streamed(self.suite) else []
+
+    @property
     def places(self) -> list[tuple[Site, Site]]:
-        """What SAEs to be scored read and predict."""
-        return list(dict.fromkeys(sae.place for sae in self.scored))
+        """What SAEs read and predict that are to be scored on the evaluation text."""
+        return list(dict.fromkeys(sae.place for sae in self.streamed))
 
     @property
     def through_lm(self) -> list[TrainRun]:
@@ -127,11 +134,11 @@ class Work:
         return [run for run in self.missing if run.sae.recipe.end_to_end]
 
     def groups_at(self, place: tuple[Site, Site]) -> int:
-        return math.ceil(sum(sae.place == place for sae in self.scored) / GROUP)
+        return math.ceil(sum(sae.place == place for sae in self.streamed) / GROUP)
 
     def models_at(self, place: tuple[Site, Site]) -> int:
         """2 where controls look at the LM before its training too."""
-        return len({sae.untrained_lm for sae in self.scored if sae.place == place})
+        return len({sae.untrained_lm for sae in self.streamed if sae.place == place})
 
     def reads(self, place: tuple[Site, Site]) -> int:
         """Passes of the LM over the evaluation text up to the sites."""
@@ -143,7 +150,7 @@ class Work:
         """Passes of the LM over the evaluation text from the predicted site on."""
         if not any(eval_.needs_outcome for eval_ in _streamed(self.suite)):
             return 0
-        n = sum(sae.place == place for sae in self.scored)
+        n = sum(sae.place == place for sae in self.streamed)
         return _REFERENCES * self.models_at(place) + self.groups_at(place) + n
 
 
@@ -335,7 +342,8 @@ def _scored_control(lm: LanguageModel, control: PlannedControl) -> Scored:
     d = lm.width(site)
     aside = control.run is not None and control.run.model != lm.identity
     width, l0 = planned.width or d, float(planned.l0 or d)
-    return Scored(control.name, (site, site), width, l0, aside)
+    shuffled = getattr(control.control.value, "shuffled", False)
+    return Scored(control.name, (site, site), width, l0, aside, shuffled)
 
 
 # What is counted
@@ -373,7 +381,7 @@ def operations(work: Work) -> Parts:
         2.0 * (read + work.train_tokens * end_to_end),
         float(work.train_tokens * sum(_step_operations(work, run) for run in work.missing)),
         2.0 * work.eval_tokens * scored,
-        float(work.eval_tokens * sum(_score_operations(work, sae) for sae in work.scored)),
+        float(work.eval_tokens * sum(_score_operations(work, sae) for sae in work.streamed)),
     )
 
 
@@ -399,7 +407,7 @@ def seconds(work: Work, pace: Pace) -> Parts:
         len(work.groups) * work.pass_tokens * pace.read + work.train_tokens * end_to_end,
         work.steps * math.fsum(pace.step[_kind(work, run)] for run in work.missing),
         float(work.eval_tokens * scored),
-        work.eval_tokens * math.fsum(pace.score[_shape(work, sae)] for sae in work.scored),
+        work.eval_tokens * math.fsum(pace.score[_shape(work, sae)] for sae in work.streamed),
     )
 
 
@@ -502,7 +510,7 @@ def measure(work: Work) -> Pace:
     """A few seconds of the work, on random tokens and random activations."""
     clock = _Clock(work.options.device)
     kinds = _mean_l0s((_kind(work, run), run.sae.l0) for run in work.missing)
-    shapes = _mean_l0s((_shape(work, sae), sae.l0) for sae in work.scored)
+    shapes = _mean_l0s((_shape(work, sae), sae.l0) for sae in work.streamed)
     cut: list[str] = []
     resumed = [place[1] for place in work.places if work.resumes(place)]
     sites = list(dict.fromkeys([*resumed, *(run.sae.site for run in work.through_lm)]))
@@ -752,7 +760,7 @@ def _tokens(work: Work) -> list[str]:
         f"{work.pass_tokens:,}) and {score * work.eval_tokens:,} to score ({score} whole or resumed passes x "
         f"{work.eval_tokens:,}); SAEs learn from {len(work.missing) * work.train_tokens:,} "
         f"({len(work.missing)} x {work.train_tokens:,}) and are scored on "
-        f"{len(work.scored) * work.eval_tokens:,}"
+        f"{len(work.streamed) * work.eval_tokens:,}"
     ]
 
 

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -250,7 +250,8 @@ def whole_file(path: Path, size: int = 0) -> Iterator[BinaryIO]:
         partial.replace(path)
         _sync(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # there is no folder where a file stands in its place
+            partial.unlink(missing_ok=True)
         if error.errno in _FULL:
             raise _disk_full(path, size) from error
         raise _unwritable(path, error) from error
@@ -620,9 +621,15 @@ def units_in(run: Path, metric: str) -> Units:
             f"{run.name} beside it and run the suite again."
         )
     # Whole and by one thread: these files are small, and setting up a filtered read costs more.
-    table = pq.ParquetFile(path).read(use_threads=False)
-    names = table.column("metric").combine_chunks()
-    here = names.indices.to_numpy() == names.dictionary.to_pylist().index(metric)
+    try:
+        table = pq.ParquetFile(path).read(use_threads=False)
+        names = table.column("metric").combine_chunks()
+        here = names.indices.to_numpy() == names.dictionary.to_pylist().index(metric)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: these are no units of {metric}: {error}. It was not written by saebench run, or was "
+            f"changed since. Delete it and {run.name} beside it, and run the suite again."
+        ) from error
     ids, num, den = (table.column(name).to_numpy()[here] for name in ("unit", "num", "den"))
     clusters = None
     if "cluster" in table.column_names:

@@ -218,19 +218,19 @@ class Workbench:
         runs = self.train_runs()
         trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
         controls = filter(None, map(self._control, self.controls()))
-        found = [*trained, *self._given, *controls]
-        if again := twice([candidate.name for candidate in found]):
+        return [*trained, *self._given, *controls]
+
+    def names(self) -> list[str]:
+        """Of all that is trained, given or built. Raises `UserError` where two of them are the same."""
+        trained = [run.sae.name for run in self.train_runs()]
+        controls = [control.name for control in self.controls()]
+        names = [*trained, *(given.name for given in self._given), *controls]
+        if again := twice(names):
             raise UserError(
                 f"two SAEs of the suite would be called {again!r}; give the checkpoint another "
                 "name, or each control once"
             )
-        return found
-
-    def names(self) -> list[str]:
-        """Of what is trained, and of all that can be scored by now."""
-        trained = [run.sae.name for run in self.train_runs()]
-        controls = [control.name for control in self.controls()]
-        return [*trained, *controls, *(c.name for c in self.candidates())]
+        return names
 
     def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
         return [
@@ -359,14 +359,25 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
     bench = Workbench(suite, suite_file, options)
     results.make_folder(options.checkpoints)
     with results.lock(bench.folder):
-        # What is wrong with checkpoints and controls shows before hours of training.
+        # What is wrong with checkpoints, controls and labelled texts shows before hours of training.
         check_chosen(options.only, bench.names())
+        bench.candidates()
+        for eval_ in suite.evals:
+            if isinstance(eval_.value, TextEval):
+                bench.reading(eval_.value)
         trained = [*bench.train_runs(), *(c.run for c in bench.controls() if c.run is not None)]
         bench.train(with_parents([r for r in trained if chosen(r.sae.name, options.only)]))
         missing = sum(not r.done(options.checkpoints) for r in trained)
         if missing:
             say(f"{missing} SAEs that --only leaves out are not trained yet, and not in the tables")
-        runs = bench.eval_runs(bench.candidates())
+        candidates = bench.candidates()
+        if not any(chosen(candidate.name, options.only) for candidate in candidates):
+            left = ", ".join(r.sae.name for r in trained if not r.done(options.checkpoints))
+            raise UserError(
+                f"--only {options.only!r} names controls that are made of trained SAEs alone, and these are not "
+                f"trained yet: {left}. Run without --only first, or with a pattern that has them"
+            )
+        runs = bench.eval_runs(candidates)
         to_do = [r for r in runs if _to_do(bench, r)]
         _write_manifest(bench, runs)
         failed = score(bench, to_do)

@@ -43,7 +43,7 @@ _MOST_VALUES = 10_000
 class _Wrong(ValueError):
     """Something is wrong with a field that lies below the place where pydantic looks."""
 
-    def __init__(self, message: str, *field: str) -> None:
+    def __init__(self, message: str, *field: str | int) -> None:
         super().__init__(message)
         self.field = field
 
@@ -562,9 +562,12 @@ def _fill(build: Any, fields: Any, what: str, *where: str) -> Any:
         filled = _explained(partial(TypeAdapter(build).validate_python, fields))
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "parameters"
+        name = ".".join(map(str, first["loc"])) or "parameters"
+        said = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
+        if first["type"] == "unexpected_keyword_argument":
+            said = "there is no such parameter"
         raise _Wrong(
-            f"{what}: {name} is {_shown(first['input'])}; {first['msg']}", *where, name
+            f"{what}: {name} is {_shown(first['input'])}; {said}", *where, *first["loc"]
         ) from None
     for name in known:
         value = getattr(filled, name)

@@ -362,19 +362,30 @@ def _hub_documents(source: HubDataset) -> Iterator[Document | TokenDocument]:
         yield _document(f"{source.dataset}:{number}", row, source.field)
 
 
-def _file_documents(source: Files) -> Iterator[Document | TokenDocument]:
-    pattern = Path(source.pattern).expanduser()
-    if pattern.is_absolute():
-        root, relative = Path(pattern.anchor), str(pattern.relative_to(pattern.anchor))
-    else:
-        root, relative = source.folder, str(pattern)
-    paths = sorted(p for p in root.glob(relative) if p.is_file())
+def matching(pattern: str, folder: Path) -> list[Path]:
+    """The file of that very name, else all files that the pattern describes: relative to `folder`, or absolute."""
+    try:
+        given = Path(pattern).expanduser()
+        if (folder / given).is_file():
+            return [folder / given]
+        root = Path(given.anchor) if given.is_absolute() else folder
+        relative = given.relative_to(root) if given.is_absolute() else given
+        paths = sorted(p for p in root.glob(str(relative)) if p.is_file())
+    # The last two are what Python 3.11 says of "." and of the home of somebody unknown.
+    except (ValueError, OSError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{pattern!r} names no files: {error}; expected a path, or a pattern such as 'texts/*.csv'"
+        ) from error
     if not paths:
         raise UserError(
-            f"no file matches {source.pattern!r} (looked in {root}); a pattern is relative to the "
-            "folder of the suite file, or absolute"
+            f"no file matches {pattern!r} (looked in {root}); a pattern is relative to the folder of the suite "
+            "file, or absolute"
         )
-    for path in paths:
+    return paths
+
+
+def _file_documents(source: Files) -> Iterator[Document | TokenDocument]:
+    for path in matching(source.pattern, source.folder):
         if path.suffix not in _FILE_KINDS:
             raise UserError(f"{path}: expected a file that ends in one of {', '.join(_FILE_KINDS)}")
         if path.suffix == ".txt":

@@ -213,6 +213,9 @@ def test_an_unknown_sae_is_told_the_nearest(tmp_path):
 def test_an_sae_is_not_compared_with_itself(tmp_path):
     with pytest.raises(UserError, match="compared with itself"):
         _compare.compare("a", "a", [pair(tmp_path)], [])
+    again = tmp_path / ".." / tmp_path.name
+    with pytest.raises(UserError, match="compared with itself"):
+        _compare.compare("a", "a", [tmp_path, again], [])
 
 
 def test_saes_without_a_metric_in_common_are_refused(tmp_path):
@@ -266,6 +269,14 @@ def test_units_that_were_not_kept_are_asked_for(tmp_path):
     for path in (folder / "runs").glob("b--*.units.parquet"):
         path.unlink()
     with pytest.raises(UserError, match="the kept units of this run are gone"):
+        compared(folder)
+
+
+def test_units_that_are_damaged_are_named(tmp_path):
+    folder = pair(tmp_path)
+    for path in (folder / "runs").glob("b--*.units.parquet"):
+        path.write_bytes(b"no parquet")
+    with pytest.raises(UserError, match="these are no units of .*Delete it"):
         compared(folder)
 
 
@@ -473,3 +484,18 @@ def test_families_of_two_folders_are_refused(saebench: Run, tmp_path: Path):
     ended = saebench("compare", "--families", "topk", "relu", *arguments)
     assert ended.code == 2
     assert "--families compares within one folder" in ended.err
+
+
+def test_rows_that_cannot_be_written_are_one_message(saebench: Run, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    ended = saebench(
+        "compare",
+        "a",
+        "b",
+        "--results",
+        pair(tmp_path / "toy"),
+        "--out",
+        tmp_path / "file" / "x.csv",
+    )
+    assert ended.code == 2 and "x.csv cannot be written" in ended.err
+    assert "Traceback" not in ended.err

@@ -279,3 +279,17 @@ def test_controls_that_are_trained_move_no_weight_of_the_others(
             file.unlink()
     assert run(write_suite(saes=saes, controls=["frozen_decoder", "untrained_lm"])).code == 0
     assert place.weights()[name] == before and len(place.weights()) == 3
+
+
+def test_what_is_resampled_is_the_document_not_the_sequences_cut_from_it(
+    run: Run, write_suite: WriteSuite, place: Place, definition: Any
+):
+    """Texts of some 250 bytes in rows of 32 tokens: sequences of one text are one cluster."""
+    assert run(write_suite(evals=["reconstruction", "geometry"])).code == 0
+    found = results.read(place.results())
+    units = results.units(found, "explained_variance")["topk-w32-l4-s0"]
+    sizes = np.unique(units.clusters, return_counts=True)[1]
+    assert len(units.num) == sizes.sum() and sizes.max() > 1
+    assert len(results.column(units, "ratio").num) == len(sizes)
+    # Latents are no sequences, and each stands for itself.
+    assert results.units(found, "max_decoder_cosine")["topk-w32-l4-s0"].clusters is None

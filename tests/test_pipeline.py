@@ -834,7 +834,7 @@ def test_a_control_without_a_parent_is_refused_before_training(
 ):
     ended = run(write_suite(controls=[{"permuted_decoder": {"of": "relu"}}]))
     assert ended.code == 2
-    assert "trains no 'relu'" in ended.err
+    assert "trains none of the variant 'relu'" in ended.err
     assert place.weights() == {}
 
 

@@ -314,3 +314,16 @@ def test_the_wrong_pattern_is_refused_without_the_text(tmp_path: Path, options: 
 def test_durations_are_told_in_the_unit_that_suits_them():
     told = [planner._duration(s) for s in (1.0, 119.0, 240.0, 7200.0, 86_400.0, 864_000.0)]
     assert told == ["1.0 s", "119.0 s", "4.0 min", "2.0 h", "24.0 h", "10.0 days"]
+
+
+def test_evals_with_labels_alone_cost_no_pass_over_the_evaluation_text(
+    write_suite: WriteSuite, options: Options
+):
+    probes = {"sparse_probing": {"train": 10, "validation": 10, "test": 10}}
+    controls = ["shuffled_labels"]
+    both = opened(write_suite(evals=["sparsity", probes], controls=controls), options)
+    without = opened(write_suite(evals=["sparsity"], controls=[]), options)
+    assert len(both.scored) > len(without.scored)
+    assert planner.operations(both)[2:] == planner.operations(without)[2:]
+    alone = opened(write_suite(evals=[probes], controls=controls), options)
+    assert planner.operations(alone)[2:] == (0, 0) and alone.scored == both.scored

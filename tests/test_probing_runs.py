@@ -165,3 +165,41 @@ def test_a_control_with_the_codes_of_a_trained_sae_is_not_probed(
     assert "its codes are those of the SAE that it is made of" in skipped.reason
     scored = found.scores[found.scores["eval"] == "sparse_probing"]["sae"]
     assert set(scored) == {"topk-w32-l4-s0", "shuffled_labels-w32-l4"}
+
+
+def test_what_is_wrong_with_datasets_and_names_shows_before_any_training(
+    run: Run, write_suite: WriteSuite, place: Place, datasets: Path
+):
+    nowhere = write_suite(evals=["sparsity", probing(datasets=[{"files": "nowhere.csv"}])])
+    assert run(nowhere).code == 2 and place.weights() == {}
+    saes = [{"variant": variant, "width": 32, "l0": 4} for variant in ("topk", "relu")]
+    again = [{"frozen_decoder": {"of": "topk"}}, {"frozen_decoder": {"of": "relu"}}]
+    ended = run(write_suite(saes=saes, controls=again))
+    assert ended.code == 2 and "would be called 'frozen_decoder-w32-l4'" in ended.err
+    assert place.weights() == {}
+
+
+def test_a_suite_of_probes_alone_is_finished_and_has_a_leaderboard_by_them(
+    run: Run, saebench: Run, write_suite: WriteSuite, place: Place, datasets: Path
+):
+    ended = run(write_suite(evals=[probing()], controls=[], reports=[]))
+    assert ended.code == 0 and "no SAE has any of l0" in ended.out
+    shown = saebench("report", place.results(), "--sort", "probe_auc_k5")
+    assert shown.code == 0 and "probe AUC k5" in shown.out
+
+
+def test_controls_whose_parents_are_left_out_and_not_trained_are_refused(
+    run: Run, write_suite: WriteSuite, place: Place, datasets: Path
+):
+    suite_file = write_suite(evals=["sparsity", probing()], controls=["shuffled_labels"])
+    ended = run(suite_file, "--only", "shuffled*")
+    assert ended.code == 2 and "not trained yet: topk-w32-l4-s0" in ended.err
+
+
+def test_a_parameter_deep_inside_an_eval_is_named_with_its_line(run: Run, write_suite: WriteSuite):
+    suite_file = write_suite(evals=["sparsity", probing(datasets=[{"files": "x.csv", "foo": 3}])])
+    line = suite_file.read_text().splitlines().index("      foo: 3") + 1
+    ended = run(suite_file)
+    assert ended.code == 2
+    assert f":{line}: evals.1.sparse_probing.datasets.0.foo" in ended.err
+    assert "there is no such parameter" in ended.err

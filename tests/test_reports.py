@@ -14,7 +14,8 @@ from saebench.errors import UserError
 from saebench.reports import _seeds
 from saebench.reports._blocks import grouped
 from saebench.reports._evidence import Evidence
-from saebench.reports._table import Key, number
+from saebench.reports._table import Key, natural, number
+from saebench.reports._terminal import Screen
 from saebench.reports.leaderboard import Leaderboard
 from saebench.reports.pareto import Pareto
 from saebench.results import Entry, Omission, ScoreRow
@@ -262,7 +263,7 @@ def test_the_table_says_model_site_tokens_and_unit(board):
     for name in ("leaderboard.md", "leaderboard.tex"):
         text = (board / name).read_text().replace("\\_", "_").replace("\n", " ")
         assert "builtin:pylm, float32, at 2.resid_post, on 38,400 tokens" in text
-        assert "interval over sequences (latents for encoder decoder cosine, dead fraction)" in text
+        assert "interval over documents (latents for encoder decoder cosine, dead fraction)" in text
 
 
 def test_the_csv_has_every_score_in_full(toy, board):
@@ -703,7 +704,6 @@ def test_many_things_left_out_for_one_reason_are_one_line(tmp_path):
     assert "- core: set_7: one class (a)." in notes
 
 
-
 # Pareto
 
 
@@ -871,3 +871,10 @@ def test_a_checkpoint_stands_beside_the_saes_whose_sparsity_it_has(toy):
 def blocks(read: results.Results) -> dict[str, str]:
     """The title of each SAE's block."""
     return {one.name: group.title for group in grouped(read.scores) for one in group.contenders}
+
+
+def test_names_that_are_odd_are_shown_as_they_are():
+    screen = Screen()
+    screen.line("huge:A: only 3 of 5²")
+    assert screen.text() == "huge:A: only 3 of 5²\n"
+    assert sorted(["5²", "10", "5"], key=natural) == ["5", "5²", "10"]

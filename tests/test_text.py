@@ -221,7 +221,7 @@ def test_rows_are_those_of_the_definition(tmp_path, context):
 def test_a_row_is_of_the_document_that_it_begins_in(tmp_path):
     """Documents of 3, 5 and 9 bytes with a separator between, in rows of 4 bytes after their BOS."""
     source = jsonl(tmp_path, ["abc", "defgh", "ijklmnopq"])
-    tokens = text.tokenize(source, BYTES, 5, 0, 15, eval_share=1 - 1e-9)
+    tokens = text.tokenize(source, BYTES, 5, 0, 14, eval_share=1 - 1e-9)
     letters = "".join(BYTES.convert_ids_to_tokens(tokens.evaluation.ravel()))
     assert letters == "<bos>abc<bos><bos>defg<bos>h<bos>ij<bos>klmn"
     assert tokens.documents.tolist() == [0, 1, 1, 2]

@@ -89,17 +89,18 @@ def shapes(asked: Sequence[Asked]) -> list[tuple[int, float]]:
 
 
 def beside_parents(
-    control: str, asked: Sequence[Asked], of: str | None, prefix: str = ""
+    control: str, asked: Sequence[Asked], of: str | None, prefix: str = "", needs: str = ""
 ) -> list[Planned]:
     """One control for each (width, l0): made of the first SAE of that shape, or the first of the variant `of`.
 
-    Raises `UserError` where there is none.
+    Raises `UserError` where there is none; `needs` tells what `asked` was chosen by.
     """
     parents = [sae for sae in asked if of in (None, sae.variant)]
     if not parents:
         raise UserError(
-            f"the control {control} has no parent: the suite trains no {of or 'SAE'!r} that it could be "
-            "made of; name a variant that it trains, or drop the control"
+            f"the control {control} has no parent: it is made of a trained SAE of one site (no transcoder)"
+            f"{needs}, and the suite trains none{'' if of is None else f' of the variant {of!r}'}; train one, "
+            "name another variant with `of`, or drop the control"
         )
     first = {
         shape: next(p for p in parents if (p.width, p.l0) == shape) for shape in shapes(parents)

@@ -24,4 +24,6 @@ class FrozenDecoder(TrainedControl):
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         separate = [sae for sae in asked if sae.recipe.own_decoder]
-        return beside_parents("frozen_decoder", separate, self.of)
+        return beside_parents(
+            "frozen_decoder", separate, self.of, needs=" with a decoder of its own"
+        )

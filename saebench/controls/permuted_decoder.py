@@ -25,7 +25,9 @@ class PermutedDecoder(BuiltControl):
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         # A single row has no other latent to go to.
         several = [sae for sae in asked if sae.width > 1]
-        return beside_parents("permuted_decoder", several, self.of)
+        return beside_parents(
+            "permuted_decoder", several, self.of, needs=" with more than one latent"
+        )
 
     def build(self, planned: Planned, material: Material) -> Dictionary:
         assert planned.parent is not None, "planned from a trained SAE"

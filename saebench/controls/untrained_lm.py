@@ -25,4 +25,6 @@ class UntrainedLM(TrainedControl):
 
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
         alone = [sae for sae in asked if not (sae.recipe.from_parent or sae.recipe.end_to_end)]
-        return beside_parents("untrained_lm", alone, self.of)
+        return beside_parents(
+            "untrained_lm", alone, self.of, needs=" that learns from activations alone"
+        )

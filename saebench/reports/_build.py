@@ -36,6 +36,11 @@ from saebench.results import Results
 
 AFTER_THE_LETTERS = "% after the letters"
 """How the sentence begins that is about what narrow tables leave out."""
+_RESAMPLED = {
+    "sequence": "documents",  # with all sequences that were cut from them
+    "dataset": "datasets",  # with those that share their texts
+    "latent": "latents",
+}
 _MOST_OMITTED = 12
 """Names in one line."""
 _MOST_NAMES = 6
@@ -98,12 +103,12 @@ def directed(evidence: Evidence) -> list[Key]:
 
 
 def _headings(evidence: Evidence, names: Sequence[str]) -> list[Heading]:
-    return [
-        _heading(evidence, key, len(found))
-        for name in dict.fromkeys(names)
-        for found in [keys(evidence.scores, name)]
-        for key in found
-    ]
+    ways: dict[Key, int] = {}
+    for name in names:
+        found = keys(evidence.scores, name)
+        for key in found:
+            ways.setdefault(key, len(found))
+    return [_heading(evidence, key, n_ways) for key, n_ways in ways.items()]
 
 
 def _heading(evidence: Evidence, key: Key, n_ways: int) -> Heading:
@@ -269,7 +274,7 @@ def _about_ranks(by: Heading) -> list[str]:
     return [
         f"rank: by {by.label}; the places that it may have at the 5 % level, and letters that it shares with all "
         "that it cannot be told apart from.",
-        f"{AFTER_THE_LETTERS}: how often it is the best when the {by.unit}s are drawn anew, where that is at least "
+        f"{AFTER_THE_LETTERS}: how often it is the best when the {_RESAMPLED[by.unit]} are drawn anew, where that is at least "
         "1 %.",
     ]
 
@@ -315,17 +320,19 @@ def _about_intervals(headings: Sequence[Heading]) -> str:
     for heading in headings:
         units.setdefault(heading.unit, []).append(heading.label)
     commonest = max(units, key=lambda unit: len(units[unit]))
-    others = [f"{unit}s for {', '.join(n)}" for unit, n in units.items() if unit != commonest]
+    others = [
+        f"{_RESAMPLED[unit]} for {', '.join(n)}" for unit, n in units.items() if unit != commonest
+    ]
     rest = f" ({'; '.join(others)})" if others else ""
     return (
-        f"± and [low, high]: 95 % interval over {commonest}s{rest}; left out where it is narrower "
+        f"± and [low, high]: 95 % interval over {_RESAMPLED[commonest]}{rest}; left out where it is narrower "
         "than the digits shown or where there are too few units."
     )
 
 
 def _about_test(headings: Sequence[Heading]) -> str:
     units = {heading.unit for heading in headings if heading.best is not None}
-    paired = sorted(f"{unit}s" for unit in units - {"latent"})
+    paired = sorted(_RESAMPLED[unit] for unit in units - {"latent"})
     tests = [f"paired test on the same {' or '.join(paired)}"] if paired else []
     if "latent" in units:
         tests.append("unpaired over latents")
@@ -379,7 +386,7 @@ def _omissions(results: Results) -> list[str]:
         scored = results.scores[results.scores["eval"] == eval_name]
         everyone = set(scored["sae"])
         found = [
-            _Omission(str(what), str(reason).rstrip("."), frozenset(rows["sae"]))
+            _Omission(_one_line(what), _one_line(reason).rstrip("."), frozenset(rows["sae"]))
             for (what, reason), rows in of_eval.groupby(["what", "reason"], sort=False)
         ]
         found.sort(key=lambda omission: (natural(omission.what), omission.reason))
@@ -393,6 +400,11 @@ def _omissions(results: Results) -> list[str]:
         for (_, saes), group in alike.items():
             lines.append(f"{eval_name}: {_together(group)} ({_for_whom(set(saes), everyone)}).")
     return lines
+
+
+def _one_line(told: object) -> str:
+    """Classes of a dataset can be any text."""
+    return " ".join(str(told).split())
 
 
 def _together(group: Sequence[_Omission]) -> str:

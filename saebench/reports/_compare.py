@@ -80,7 +80,7 @@ def compare(a: str, b: str, folders: Sequence[Path], metrics: Sequence[str]) -> 
         raise UserError(f"two SAEs are from one or two --results folders, got {len(folders)}.")
     read = [files.read(folder) for folder in folders]
     sides = _side(a, read[0]), _side(b, read[-1])
-    if len(folders) == 1 and a == b:
+    if a == b and len({folder.resolve() for folder in folders}) == 1:
         raise UserError(f"{a!r} is compared with itself. Give two SAEs, or two --results folders.")
     found = _common(*sides, metrics)
     tested = [_tested(*sides, key) for key in found]

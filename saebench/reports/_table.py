@@ -209,7 +209,7 @@ def words(name: str) -> str:
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Sorts k=2 before k=10."""
     parts = re.split(r"(\d+)", text)
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part]
 
 
 def number(value: float, low: float, high: float) -> Number:

@@ -27,7 +27,10 @@ class Screen:
         there = sys.stdout.isatty()
         width = shutil.get_terminal_size().columns if there else 10_000
         self._file = io.StringIO()
-        self._console = Console(file=self._file, width=width, force_terminal=there, highlight=False)
+        # Names such as `huge:A:` stay what they are.
+        self._console = Console(
+            file=self._file, width=width, force_terminal=there, highlight=False, emoji=False
+        )
 
     def line(self, text: str, style: str = "") -> None:
         self._console.print(text, markup=False, style=style)
