@@ -3,8 +3,8 @@
     python benchmarks/reseed.py SUITE --checkpoints FOLDER --work FOLDER [--parts 8] [--seeds 4]
 
 The SAEs of a suite that was run already (`saebench run SUITE --checkpoints FOLDER`) are scored several times: by the
-evals on the stream on so many disjoint parts of the evaluation text, by documents; by evals with a text of their own with
-so many seeds of their split. Measurements are compared two by two
+evals on the stream on so many parts of the evaluation text, which share no document; by evals with a text of their own
+with so many seeds of their split. Measurements are compared two by two
 (the first with the second, the third with the fourth ...), by `stats.independent_difference`.
 
 inside    share of differences whose 95 % interval holds zero: about 95 % where intervals say what varies. SAEs of one
