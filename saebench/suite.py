@@ -365,6 +365,18 @@ class Suite(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _trained_model(self) -> "Suite":
+        for number, control in enumerate(self.controls):
+            if self.model.config is not None and getattr(control.value, "untrained_lm", False):
+                raise _Wrong(
+                    f"{control.name} is of the model before its training, and this one has random weights "
+                    "itself; drop the control",
+                    "controls",
+                    str(number),
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_batch(self) -> "Suite":
         batch, tokens = self.training.batch_tokens, self.text.train_tokens
         if tokens < batch:

@@ -5,8 +5,8 @@ text, so that identical texts are on one side however often they occur. On each 
 form one stream, put apart by the model's BOS (its EOS where it has no BOS; by nothing where it has
 neither). A row is that same token followed by the next `context - 1` tokens of the stream; what does
 not fill a row at the end is dropped. Amounts of tokens always count the tokens that SAEs see: those
-that are not special. The evaluation text takes no more than the first `EVAL_ROWS` rows' worth of a document: tokens of
-one document are alike, and many documents tell more than much of a few.
+that are not special. The evaluation text takes no more than `EVAL_ROWS` rows' worth of a document, from a place that its
+content decides: tokens of one document are alike, and many documents tell more than much of a few.
 """
 
 import hashlib
@@ -236,7 +236,7 @@ class _Side:
     def add(self, ids: Int[np.ndarray, " n"]) -> None:
         if len(ids) and ids[0] == self.separator:
             ids = ids[1:]
-        ids = ids[: self._most]
+        ids = _some_of(ids, self._most)
         if not len(ids):
             return
         if self._pieces and self.separator is not None:
@@ -264,6 +264,15 @@ class _Side:
         width = self.context - (self.separator is not None)
         rows = stream[: len(stream) // width * width].reshape(-1, width)
         return rows if self.separator is None else np.insert(rows, 0, self.separator, axis=1)
+
+
+def _some_of(ids: Int[np.ndarray, " n"], most: int | None) -> Int[np.ndarray, " m"]:
+    """So many in a row, from a place that the document's content decides: beginnings are unlike the rest."""
+    if most is None or len(ids) <= most:
+        return ids
+    digest = hashlib.sha256(b"part of " + ids.astype("<i8").tobytes()).digest()
+    start = int.from_bytes(digest[:8], "big") % (len(ids) - most + 1)
+    return ids[start : start + most]
 
 
 def _wanted(

@@ -236,7 +236,9 @@ def test_pursuits_say_how_they_look_for_codes_in_their_names():
 
 
 def test_a_pursuit_without_a_parent_is_refused():
-    with pytest.raises(UserError, match="pursuit has no parent: .* the suite trains none of the variant 'gated'"):
+    with pytest.raises(
+        UserError, match="pursuit has no parent: .* the suite trains none of the variant 'gated'"
+    ):
         Pursuit(of="gated").plan(ASKED)
 
 

@@ -42,7 +42,7 @@ def datasets(tmp_path: Path) -> Path:
     good = questions(300)
     dataset(folder / "good.csv", good)
     dataset(folder / "related.csv", good[:150])
-    dataset(folder / "other.csv", [(f"{text}x", target) for text, target in good[150:]])
+    dataset(folder / "other.csv", [(f"x{text}", target) for text, target in good[150:]])
     dataset(folder / "one_class.csv", [(text, 1) for text, _ in good])
     dataset(folder / "few_rows.csv", good[:12])
     dataset(folder / "no_column.csv", good, columns="prompt,label")
@@ -203,3 +203,11 @@ def test_a_parameter_deep_inside_an_eval_is_named_with_its_line(run: Run, write_
     assert ended.code == 2
     assert f":{line}: evals.1.sparse_probing.datasets.0.foo" in ended.err
     assert "there is no such parameter" in ended.err
+
+
+def test_a_model_that_is_untrained_already_has_no_control_before_its_training(
+    run: Run, write_suite: WriteSuite, place: Place
+):
+    model = {"config": {"model_type": "llama"}, "weights": "random"}
+    ended = run(write_suite(model=model, controls=["untrained_lm"]))
+    assert ended.code == 2 and "untrained_lm" in ended.err and "random weights" in ended.err

@@ -274,8 +274,8 @@ def _about_ranks(by: Heading) -> list[str]:
     return [
         f"rank: by {by.label}; the places that it may have at the 5 % level, and letters that it shares with all "
         "that it cannot be told apart from.",
-        f"{AFTER_THE_LETTERS}: how often it is the best when the {_RESAMPLED[by.unit]} are drawn anew, where that is at least "
-        "1 %.",
+        f"{AFTER_THE_LETTERS}: how often it is the best when the {_RESAMPLED[by.unit]} are drawn anew, where "
+        "that is at least 1 %.",
     ]
 
 
