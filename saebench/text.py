@@ -5,8 +5,9 @@ text, so that identical texts are on one side however often they occur. On each 
 form one stream, put apart by the model's BOS (its EOS where it has no BOS; by nothing where it has
 neither). A row is that same token followed by the next `context - 1` tokens of the stream; what does
 not fill a row at the end is dropped. Amounts of tokens always count the tokens that SAEs see: those
-that are not special. The evaluation text takes no more than `EVAL_ROWS` rows' worth of a document, from a place that its
-content decides: tokens of one document are alike, and many documents tell more than much of a few.
+that are not special. The evaluation text takes no more than `EVAL_ROWS` rows' worth of a document, from
+a place that its content decides: tokens of one document are alike, and many documents tell more than
+much of a few.
 """
 
 import hashlib
