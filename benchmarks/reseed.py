@@ -88,7 +88,10 @@ def _parts(asked: argparse.Namespace) -> Iterator[results.Results]:
     evals = _evals(asked, StreamEval)
     bench = _open(asked, evals, "parts")
     whole = bench.tokens
-    documents = np.array_split(np.unique(whole.documents), asked.parts)
+    numbers = np.unique(whole.documents)
+    if len(numbers) < 2 * asked.parts:
+        sys.exit(f"{len(numbers)} documents make no {asked.parts} parts: give fewer --parts")
+    documents = np.array_split(numbers, asked.parts)
     for number, some in enumerate(documents):
         part = np.isin(whole.documents, some)
         bench.tokens = whole._replace(

@@ -774,7 +774,8 @@ def _row(eval_: Eval, score_: Score, documents: Int[np.ndarray, " sequences"]) -
     metric = next(m for m in eval_.metrics if m.name == score_.metric)
     clusters = score_.clusters
     if metric.unit == "sequence" and len(np.unique(documents)) < len(documents):
-        clusters = [str(number) for number in documents]
+        numbers = range(len(documents)) if score_.ids is None else map(int, score_.ids)
+        clusters = [str(documents[number]) for number in numbers]
     return ScoreRow(
         metric=metric.name,
         best=metric.best,

@@ -119,7 +119,8 @@ class Metric(NamedTuple):
     name: str
     best: Literal["min", "max"] | None
     unit: Literal["sequence", "latent", "dataset"]
-    """What intervals and paired tests resample."""
+    """What intervals and paired tests resample; of sequences, the documents that they were cut from. Every sequence of
+    the evaluation text is a unit, in order, unless `Score.ids` says their numbers."""
     doc: str
     statistic: Literal["ratio", "median", "q05", "q95"] = "ratio"
     """How units become the value: sum(num) / sum(den), or a quantile of num over units with den > 0."""

@@ -722,7 +722,7 @@ class Above(StreamEval):
     k: int
 
     version: ClassVar = 1
-    metrics: ClassVar = (Metric("share_above", None, "sequence", "tokens with k latents or more"),)
+    metrics: ClassVar = (Metric("share_above", None, "dataset", "tokens with k latents or more"),)
 
     def start(self, sae: SAE, facts: Facts) -> Tally:
         return _AboveTally(self.k)

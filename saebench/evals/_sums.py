@@ -24,6 +24,7 @@ class SequenceSums:
         return self._totals[name].cpu().numpy()
 
     def ratio(self, metric: str, num: np.ndarray, den: np.ndarray, n: int) -> Score:
-        """A score over the sequences that have any tokens."""
+        """A score over the sequences that have any tokens, named by their numbers where some have none."""
         used = self["tokens"] > 0
-        return Score(metric, num[used], den[used], n)
+        ids = None if used.all() else [str(number) for number in np.flatnonzero(used)]
+        return Score(metric, num[used], den[used], n, ids=ids)
