@@ -41,13 +41,13 @@ class ModelLab:
         shape = (sum(len(e.wanted) for e in excerpts), self.subject.width(site))
         key = (spec, shape, self.subject.dtype)
         cache = self.subject.cache
-        if cache.array(*key) is None:
-            with cache.writing(*key) as writer:
-                if writer is not None:
-                    for piece in self._read(site, excerpts):
-                        writer.append(piece)
-        kept = cache.array(*key)
-        if kept is not None:
+        if (kept := cache.array(*key)) is not None:
+            return kept
+        with cache.writing(*key) as writer:
+            if writer is not None:
+                for piece in self._read(site, excerpts):
+                    writer.append(piece)
+        if (kept := cache.array(*key)) is not None:
             return kept
         return torch.cat([torch.empty(0, shape[1], dtype=key[2]), *self._read(site, excerpts)])
 
