@@ -100,7 +100,6 @@ def _parts(asked: argparse.Namespace) -> Iterator[results.Results]:
             fingerprint_eval=f"part {number} of {whole.fingerprint_eval}",
         )
         bench.stage = bench._stage(bench.loaded)
-        bench.subject, bench.stream = bench.stage.subject, bench.stage.stream
         yield _scored(bench, f"part-{number}")
 
 

@@ -265,7 +265,7 @@ def _chosen(
     options: Options, runs: Sequence[TrainRun], controls: Sequence[PlannedControl]
 ) -> list[TrainRun]:
     """All that is to be trained, controls included."""
-    trained = [*runs, *(control.run for control in controls if control.run is not None)]
+    trained = runner.to_train(runs, controls)
     return [run for run in trained if runner.chosen(run.sae.name, options.only)]
 
 
@@ -309,7 +309,7 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
         missing,
         [
             group
-            for on_one_model in _by_model(missing, lm)
+            for on_one_model in runner.by_model(missing, lm.identity)
             for stage in trainer.stages(on_one_model)
             for group in trainer.split_groups(stage, widths, budget)
         ],
@@ -319,11 +319,6 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
         text_read,
         options.cache is not None and _free_disk(options.cache) > activations,
     )
-
-
-def _by_model(runs: Sequence[TrainRun], lm: LanguageModel) -> list[list[TrainRun]]:
-    """Those on the suite's LM, and controls on the same before its training."""
-    return [[r for r in runs if (r.model == lm.identity) == here] for here in (True, False)]
 
 
 def _all_scored(
@@ -342,8 +337,7 @@ def _scored_control(lm: LanguageModel, control: PlannedControl) -> Scored:
     d = lm.width(site)
     aside = control.run is not None and control.run.model != lm.identity
     width, l0 = planned.width or d, float(planned.l0 or d)
-    shuffled = getattr(control.control.value, "shuffled", False)
-    return Scored(control.name, (site, site), width, l0, aside, shuffled)
+    return Scored(control.name, (site, site), width, l0, aside, control.control.value.shuffled)
 
 
 # What is counted

@@ -152,12 +152,19 @@ class Workbench:
         self.tokens = open_text(suite, suite_file, self.loaded.tokenizer)
         self._folder = suite_file.parent
         self.stage = self._stage(self.loaded)
-        self.subject, self.stream = self.stage.subject, self.stage.stream
         for site in suite.all_sites():
             self.subject.check_site(site)
         self._given = [self._checkpoint(given, suite_file) for given in suite.checkpoints()]
         self._readings: dict[TextEval, Reading] = {}
         self._prepared: dict[tuple[TextEval, bool, Site], Any] = {}
+
+    @property
+    def subject(self) -> LanguageModel:
+        return self.stage.subject
+
+    @property
+    def stream(self) -> Stream:
+        return self.stage.stream
 
     @cached_property
     def untrained_stage(self) -> Stage:
@@ -185,8 +192,7 @@ class Workbench:
 
     def train(self, runs: Sequence[TrainRun]) -> None:
         """What is missing of these, on the language model that each of them is for."""
-        here = [run for run in runs if run.model == self.subject.identity]
-        aside = [run for run in runs if run.model != self.subject.identity]
+        here, aside = by_model(runs, self.subject.identity)
         trainer.train_missing(here, self.stream, self.options.checkpoints, self.options.device)
         if any(not run.done(self.options.checkpoints) for run in aside):
             stream = self.untrained_stage.stream
@@ -217,7 +223,8 @@ class Workbench:
         """SAEs that are trained by now, checkpoints and controls, in the suite's order."""
         runs = self.train_runs()
         trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
-        controls = filter(None, map(self._control, self.controls()))
+        planned = planned_controls(self.suite, self.loaded, runs)
+        controls = filter(None, (self._control(control, runs) for control in planned))
         return [*trained, *self._given, *controls]
 
     def names(self) -> list[str]:
@@ -283,8 +290,8 @@ class Workbench:
         trained = [(sae.site, sae.target) for sae in self.suite.trained()]
         return list(dict.fromkeys([*((site, site) for site in self.suite.sites), *trained]))
 
-    def _control(self, planned: PlannedControl) -> Candidate | None:
-        """None where what it needs is not trained yet."""
+    def _control(self, planned: PlannedControl, runs: Sequence[TrainRun]) -> Candidate | None:
+        """None where what it needs of these is not trained yet."""
         name, control, plan, site, run_ = planned
         kind = control.value.kind
         entry = Entry(kind, control.name, plan.width, plan.l0, None, str(site))
@@ -295,7 +302,7 @@ class Workbench:
             checksum = run_.checksum(self.options.checkpoints)
             aside = control.value.untrained_lm
             return Candidate(name, entry, site, site, checksum, lambda: _native(folder), aside)
-        parents = {run.sae.name: run for run in self.train_runs() if run.sae.site == site}
+        parents = {run.sae.name: run for run in runs if run.sae.site == site}
         if plan.parent and not parents[plan.parent.name].done(self.options.checkpoints):
             return None
         spec = {
@@ -333,7 +340,8 @@ class Workbench:
         )
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
-        stage = self.stage_of(candidate)
+        # Not that of its stage, which would make the untrained model to ask it for its name.
+        aside = candidate.untrained_lm
         text: Spec = {
             "fingerprint": self.tokens.fingerprint_eval,
             "context": self.tokens.context,
@@ -344,7 +352,7 @@ class Workbench:
         return {
             "sae": {"name": candidate.name, "checksum": candidate.checksum},
             "site": _where(candidate.site, candidate.target),
-            "model": stage.subject.identity,
+            "model": untrained_identity(self.loaded) if aside else self.subject.identity,
             "text": text,
             "eval": {
                 "name": eval_name,
@@ -365,7 +373,7 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
         for eval_ in suite.evals:
             if isinstance(eval_.value, TextEval):
                 bench.reading(eval_.value)
-        trained = [*bench.train_runs(), *(c.run for c in bench.controls() if c.run is not None)]
+        trained = to_train(bench.train_runs(), bench.controls())
         bench.train(with_parents([r for r in trained if chosen(r.sae.name, options.only)]))
         missing = sum(not r.done(options.checkpoints) for r in trained)
         if missing:
@@ -426,6 +434,17 @@ def _control_run(name: str, control: Plugin, parent: TrainRun, loaded: LoadedMod
         model=untrained_identity(loaded) if aside else parent.model,
         frozen=control.value.frozen,
     )
+
+
+def to_train(runs: Sequence[TrainRun], controls: Sequence[PlannedControl]) -> list[TrainRun]:
+    """All SAEs that a suite trains, controls included."""
+    return [*runs, *(control.run for control in controls if control.run is not None)]
+
+
+def by_model(runs: Sequence[TrainRun], identity: Spec) -> tuple[list[TrainRun], list[TrainRun]]:
+    """Those on the suite's language model, and controls on the same before its training."""
+    here = [run_ for run_ in runs if run_.model == identity]
+    return here, [run_ for run_ in runs if run_.model != identity]
 
 
 def with_parents(runs: Sequence[TrainRun]) -> list[TrainRun]:

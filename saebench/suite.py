@@ -355,7 +355,7 @@ class Suite(_Strict):
     def _labels(self) -> "Suite":
         if not any(isinstance(eval_.value, TextEval) for eval_ in self.evals):
             for number, control in enumerate(self.controls):
-                if getattr(control.value, "shuffled", False):
+                if control.value.shuffled:
                     raise _Wrong(
                         f"{control.name} is scored by evals that learn from labels alone; add one, such as "
                         "sparse_probing, or drop the control",
@@ -367,7 +367,7 @@ class Suite(_Strict):
     @model_validator(mode="after")
     def _trained_model(self) -> "Suite":
         for number, control in enumerate(self.controls):
-            if self.model.config is not None and getattr(control.value, "untrained_lm", False):
+            if self.model.config is not None and control.value.untrained_lm:
                 raise _Wrong(
                     f"{control.name} is of the model before its training, and this one has random weights "
                     "itself; drop the control",

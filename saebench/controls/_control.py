@@ -54,6 +54,10 @@ class Control(ABC):
 
     kind: ClassVar[Literal["control", "reference"]] = "control"
     """A control knows nothing of what the model learned; a reference is there to read the others against."""
+    shuffled: ClassVar[bool] = False
+    """Whether evals that learn from labels get these dealt out anew; other evals have nothing to say of it."""
+    untrained_lm: ClassVar[bool] = False
+    """Whether the language model has its random initial weights."""
 
     @abstractmethod
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
@@ -66,8 +70,6 @@ class BuiltControl(Control):
 
     parents_codes: ClassVar[bool] = False
     """Whether its codes are those of its parent, so that evals of codes alone can say nothing of it."""
-    shuffled: ClassVar[bool] = False
-    """Whether evals that learn from labels get these dealt out anew; other evals have nothing to say of it."""
 
     @abstractmethod
     def build(self, planned: Planned, material: Material) -> Dictionary: ...
@@ -79,8 +81,6 @@ class TrainedControl(Control):
 
     frozen: ClassVar[bool] = False
     """The decoder stays at its random start."""
-    untrained_lm: ClassVar[bool] = False
-    """The language model has its random initial weights."""
 
 
 def shapes(asked: Sequence[Asked]) -> list[tuple[int, float]]:
