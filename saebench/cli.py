@@ -48,6 +48,14 @@ SuiteFile = Annotated[
 ResultsFolder = Annotated[
     Path, typer.Argument(help="the folder of one suite, such as results/quickstart")
 ]
+Format = Annotated[
+    str | None, typer.Option(help="of the checkpoint; recognised from its files if not given")
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle-weights", help="also read .pt and .pth files, as weights alone"),
+]
+MaxSize = Annotated[float, typer.Option(help="GiB that a checkpoint may have")]
 Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # type: ignore[misc]
 
 
@@ -66,6 +74,8 @@ def run(  # noqa: PLR0913  (the options of the command)
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run code from the model's repository")
     ] = False,
+    allow_pickle_weights: AllowPickle = False,
+    max_size: MaxSize = 8.0,
 ) -> None:
     """Train what is missing, score what is missing, write reports."""
     path = _suite_path(suite)
@@ -73,7 +83,10 @@ def run(  # noqa: PLR0913  (the options of the command)
     from saebench import runner
 
     kept = None if no_cache else cache
-    options = runner.Options(results, checkpoints, kept, _device(device), only, trust_remote_code)
+    limits = _limits(max_size, allow_pickle_weights)
+    options = runner.Options(
+        results, checkpoints, kept, _device(device), only, trust_remote_code, limits
+    )
     if dry_run:
         from saebench import planner
 
@@ -183,10 +196,14 @@ def plot(
 def check(
     what: Annotated[Path, typer.Argument(help="a suite file, or the folder of a checkpoint")],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    format: Format = None,
+    allow_pickle_weights: AllowPickle = False,
+    max_size: MaxSize = 8.0,
 ) -> None:
     """Say everything that can be known of a suite or a checkpoint without running it."""
-    if what.is_dir():
-        _print("\n".join(_describe_checkpoint(what)))
+    if what.is_dir() or (what.is_file() and what.suffix not in (".yaml", ".yml")):
+        limits = _limits(max_size, allow_pickle_weights)
+        _print("\n".join(_describe_checkpoint(what, format, limits)))
         return
     path = _suite_path(what)
     loaded = _load_suite(path)
@@ -267,19 +284,32 @@ def _device(asked: str) -> str:
     return asked
 
 
-def _describe_checkpoint(folder: Path) -> list[str]:
+def _limits(max_size: float, allow_pickle: bool) -> Any:
+    from saebench.loaders._files import Limits
+
+    if not max_size > 0:
+        raise UserError(f"--max-size is {max_size}; expected a positive number of GiB")
+    return Limits(int(max_size * 1024**3), allow_pickle)
+
+
+def _describe_checkpoint(path: Path, format: str | None, limits: Any) -> list[str]:
     import torch
 
-    from saebench.loaders.native import native
+    from saebench.checkpoints import open_checkpoint, where
+    from saebench.loaders._loader import Told
 
-    sae, site, target = native(folder)
-    norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
-    return [
-        f"architecture: {type(sae).__name__}, {sae.d_in} dimensions, {sae.d_sae} latents",
-        f"site: {site}" if site == target else f"reads {site}, predicts {target}",
-        f"decoder norms: {norms.min():.4f} to {norms.max():.4f}, mean {norms.mean():.4f}",
-        "weights: finite, and the file that sae.json describes",
-    ]
+    opened = open_checkpoint(str(path), format, Told(), limits, None, Path())
+    lines = [f"format: {opened.format}"]
+    for member in opened.members:
+        sae = member.load()
+        norms = torch.linalg.vector_norm(sae.W_dec, dim=-1)
+        place = where(member.site, member.target)
+        lines += [
+            f"site: {place}" + (f", of {member.model}" if member.model else ""),
+            f"architecture: {type(sae).__name__}, {sae.d_in} dimensions, {sae.d_sae} latents",
+            f"decoder norms: {norms.min():.4f} to {norms.max():.4f}, mean {norms.mean():.4f}",
+        ]
+    return [*lines, "weights: finite, of the shapes that the configuration says"]
 
 
 def _text_of(folder: Path) -> str:

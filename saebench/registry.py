@@ -1,7 +1,7 @@
 """Plug-ins are files: the name in a suite is the name of a module, and nothing is registered.
 
-Each module in saes/, variants/, evals/, controls/, loaders/ and reports/ defines exactly one public class or
-function. A package installed beside this one adds a plug-in through an entry point of the group `saebench.<kind>`,
+Each module in saes/, variants/, evals/, controls/, loaders/, exports/ and reports/ defines exactly one public class
+or function. A package installed beside this one adds a plug-in through an entry point of the group `saebench.<kind>`,
 whose value is `module:object`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from saebench.errors import UserError
 
-KINDS = ("variants", "saes", "evals", "loaders", "reports", "controls")
+KINDS = ("variants", "saes", "evals", "loaders", "exports", "reports", "controls")
 
 
 def names(kind: str) -> list[str]:

@@ -32,12 +32,17 @@ from transformers import PreTrainedTokenizerBase
 import saebench
 from saebench import registry, results, trainer
 from saebench.cache import Cache
+from saebench.checkpoints import Opened, one_at, open_checkpoint, where
 from saebench.controls._control import Asked, Material, Planned, TrainedControl
 from saebench.errors import NothingToShow, UserError
 from saebench.lab import ModelLab
+from saebench.loaders._files import Limits
+from saebench.loaders._loader import Member, Told
+from saebench.loaders._native import read_native
 from saebench.progress import Meter, say
 from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
+from saebench.saes._normalized import Normalized
 from saebench.subject import (
     BUILTIN_MODEL,
     LanguageModel,
@@ -87,6 +92,8 @@ class Options(NamedTuple):
     device: str
     only: str | None
     trust_remote_code: bool
+    limits: Limits = Limits()
+    """What strangers' files may be."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +115,8 @@ class Candidate:
     """Whether it is scored with labels that were dealt out anew, and with nothing else."""
     parents_codes: bool = False
     """Whether its codes are those of another SAE."""
+    origin: Spec | None = None
+    """Of a checkpoint: where it is from."""
 
 
 class EvalRun(NamedTuple):
@@ -264,28 +273,63 @@ class Workbench:
         sae = run.sae
         folder = run.folder(self.options.checkpoints)
         checksum = run.checksum(self.options.checkpoints)
-        where = _where(sae.site, sae.target)
-        entry = Entry("trained", sae.family, sae.width, sae.l0, sae.seed, where)
+        place = where(sae.site, sae.target)
+        entry = Entry("trained", sae.family, sae.width, sae.l0, sae.seed, place)
         return Candidate(sae.name, entry, sae.site, sae.target, checksum, lambda: _native(folder))
 
     def _checkpoint(self, given: Checkpoint, suite_file: Path) -> Candidate:
-        path = suite_file.parent / given.checkpoint
-        sae, site, target = registry.get("loaders", given.format)(path)
-        if (site, target) not in self._places():
-            places = ", ".join(_where(*place) for place in self._places())
-            raise UserError(
-                f"{given.name} was trained at {_where(site, target)}; the suite looks at {places}"
-            )
+        return self.given(given, self.opened(given, suite_file.parent))
+
+    def opened(self, given: Checkpoint, beside: Path) -> Opened:
+        """The files of a checkpoint. `beside`: relative paths are meant from here."""
+        told = Told(given.site, given.predicts, given.k, given.norm)
+        limits, cache = self.options.limits, self.options.cache
+        return open_checkpoint(given.checkpoint, given.format, told, limits, cache, beside)
+
+    def given(self, given: Checkpoint, opened: Opened) -> Candidate:
+        """A checkpoint at one of the places that the suite looks at. Raises `UserError` where it is at none."""
+        member = self._member(given, opened)
+        sae, site, target = member.load(), member.site, member.target
         for at, d, does in ((site, sae.d_in, "reads"), (target, sae.d_out, "predicts")):
             if d != (width := self.subject.width(at)):
                 raise UserError(
                     f"{given.name} {does} activations of {d} dimensions; those at {at} of "
                     f"{self.subject.identity['id']} have {width}. Was it trained on another model?"
                 )
-        entry = Entry("checkpoint", given.format, sae.d_sae, None, None, _where(site, target))
-        return Candidate(given.name, entry, site, target, weights_checksum(sae), lambda: sae)
+        entry = Entry("checkpoint", opened.format, sae.d_sae, None, None, where(site, target))
+        return Candidate(
+            given.name,
+            entry,
+            site,
+            target,
+            weights_checksum(sae),
+            lambda: sae,
+            origin=opened.origin,
+        )
 
-    def _places(self) -> list[tuple[Site, Site]]:
+    def _member(self, given: Checkpoint, opened: Opened) -> Member:
+        """Named by the sites of the suite, whatever names its files have for them."""
+        places = {self._canonical(*place): place for place in self.places()}
+        renamed = []
+        for member in opened.members:
+            try:
+                found = self._canonical(member.site, member.target)
+            except UserError:
+                if len(opened.members) == 1:
+                    raise
+                continue  # a set of SAEs may have some at sites that another model has
+            site, target = places.get(found, (member.site, member.target))
+            renamed.append(member._replace(site=site, target=target))
+        wanted = self.places()
+        if given.site is not None:
+            target = given.predicts or given.site
+            wanted = [place for place in wanted if place[0] == given.site] or [(given.site, target)]
+        return one_at(opened._replace(members=renamed, where=given.name), wanted)
+
+    def _canonical(self, site: Site, target: Site) -> tuple[Site, Site]:
+        return self.subject.canonical(site), self.subject.canonical(target)
+
+    def places(self) -> list[tuple[Site, Site]]:
         """What SAEs of the suite read and predict."""
         trained = [(sae.site, sae.target) for sae in self.suite.trained()]
         return list(dict.fromkeys([*((site, site) for site in self.suite.sites), *trained]))
@@ -351,7 +395,7 @@ class Workbench:
             text = {"fingerprint": self.reading(eval_).fingerprint}
         return {
             "sae": {"name": candidate.name, "checksum": candidate.checksum},
-            "site": _where(candidate.site, candidate.target),
+            "site": where(candidate.site, candidate.target),
             "model": untrained_identity(self.loaded) if aside else self.subject.identity,
             "text": text,
             "eval": {
@@ -659,9 +703,9 @@ class _Failures:
 
 
 def weights_checksum(sae: SAE) -> str:
-    """SHA-256 over names, shapes and bytes of the weights."""
-    assert isinstance(sae, nn.Module), "loaders give modules"
-    digest = hashlib.sha256()
+    """SHA-256 over the architecture with its arguments, and names, shapes and bytes of the weights."""
+    assert isinstance(sae, Dictionary | Normalized), "loaders give these"
+    digest = hashlib.sha256(results.key(sae.arguments() | {"class": type(sae).__name__}).encode())
     for name, weight in sorted(sae.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
         digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -730,20 +774,15 @@ def _local(name: str, beside: Path) -> str:
 
 
 def _native(folder: Path) -> Dictionary:
-    sae: Dictionary = registry.get("loaders", "native")(folder).sae
-    return sae
+    return read_native(folder).sae
 
 
 def _predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
-    """What the SAE decodes, with the affine path beside the latents where it has one."""
+    """What the SAE decodes, with what it predicts beside the latents."""
     x_hat = sae.decode_sparse(code)
-    skip = getattr(sae, "W_skip", None)
-    return x_hat if skip is None else torch.addmm(x_hat, x, skip)
-
-
-def _where(site: Site, target: Site) -> str:
-    """What an SAE reads and, where that is another site, what it predicts."""
-    return str(site) if site == target else f"{site} to {target}"
+    beside = getattr(sae, "beside", None)
+    more: Tensor | None = None if beside is None else beside(x)
+    return x_hat if more is None else x_hat + more
 
 
 def _on_device(sae: SAE, device: str) -> SAE:

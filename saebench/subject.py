@@ -356,6 +356,19 @@ class LanguageModel:
         if site.layer is None:
             self.width(site)
 
+    def canonical(self, site: Site) -> Site:
+        """The one name of all sites with these activations: a stream's where a module path stands for one.
+
+        What enters a block is what left the one below. Raises `UserError` as `check_site` does.
+        """
+        tap, layer = self._tap(site), self.layer(site)
+        if site.layer is None and layer is not None:
+            taps = self._block(layer).taps
+            site = next((Site(name, layer) for name in STREAMS if taps.get(name) == tap), site)
+        if site.stream == "resid_pre" and site.layer:
+            return Site("resid_post", site.layer - 1)
+        return site
+
     def width(self, site: Site) -> int:
         """Size of one activation."""
         if site not in self._widths:
@@ -659,7 +672,7 @@ class LanguageModel:
 
     def _module_tap(self, site: Site) -> _Tap:
         path, _, side = site.stream.rpartition(".")
-        modules = dict(self.model.named_modules())
+        modules = dict(self.model.base_model.named_modules()) | dict(self.model.named_modules())
         if side not in ("input", "output") or path not in modules:
             raise UserError(
                 f"{_name(self.model)} has no {site.stream!r}{nearest(path, modules)}: expected the "
@@ -984,9 +997,9 @@ def _anatomy(block: nn.Module, calls: dict[nn.Module, list[_Call]]) -> _Block:
     if "attn_out" in taps and not parallel:
         taps["resid_mid"] = _Tap(normed, "input")
     taps["mlp_in"] = _Tap(mlp, "input")
-    hidden = _last_matrix(mlp, once)
-    if hidden is not None:
-        taps["mlp_hidden"] = _Tap(hidden, "input")
+    for stream, part in (("mlp_hidden", mlp), ("attn_z", attention)):
+        if (last := _last_matrix(part, once)) is not None:
+            taps[stream] = _Tap(last, "input")
     parts = [_Part(module, once[module].arity) for module in (attention, mlp)]
     return _Block(taps, attention=parts[0], mlp=parts[1], parallel=parallel)
 
@@ -1002,16 +1015,16 @@ def _last_before_sum(
     return module
 
 
-def _last_matrix(mlp: nn.Module, calls: dict[nn.Module, _Call]) -> nn.Module | None:
-    """The linear map whose output is the MLP's output."""
+def _last_matrix(part: nn.Module, calls: dict[nn.Module, _Call]) -> nn.Module | None:
+    """The linear map whose output is that of the MLP or the attention."""
     ending = [
         module
         for module, call in calls.items()
-        if any(module is m for m in mlp.modules())
-        and module is not mlp
+        if any(module is m for m in part.modules())
+        and module is not part
         and any(p.ndim == 2 for p in module.parameters(recurse=False))
-        and call.given.shape[:-1] == calls[mlp].gave.shape[:-1]
-        and torch.equal(call.gave, calls[mlp].gave)
+        and call.given.shape[:-1] == calls[part].gave.shape[:-1]
+        and torch.equal(call.gave, calls[part].gave)
     ]
     return ending[-1] if ending else None
 

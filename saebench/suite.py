@@ -264,13 +264,23 @@ class Checkpoint(_Strict):
     """An SAE somebody has trained."""
 
     checkpoint: str
-    format: str
+    """A path (relative to the suite file), or `org/name@revision/folder` on the Hub."""
+    format: str | None = None
+    """A module of `loaders/`; where nothing is said, the one that the structure of the files fits."""
     name: Annotated[str, Field(pattern=NAME)]
+    site: _OneSite | None = None
+    """What it reads, where its files do not say, or have SAEs of several sites."""
+    predicts: _OneSite | None = None
+    """What it predicts, where that is another site and its files do not say."""
+    k: PositiveInt | None = None
+    """Active latents per token, where its files do not say."""
+    norm: _Number | None = None
+    """Mean length of an activation of the text it was trained on, where it takes activations that were scaled by it."""
 
     @field_validator("format")
     @classmethod
-    def _known(cls, name: str) -> str:
-        return _known_name("loaders", name)
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else _known_name("loaders", name)
 
 
 class TrainedSAE(NamedTuple):
@@ -513,7 +523,10 @@ def json_schema() -> dict[str, Any]:
         with_parameters = {"type": "object", "propertyNames": names, "maxProperties": 1}
         schema["properties"][kind]["items"] = {"anyOf": [names, with_parameters]}
     schema["$defs"]["Trained"]["properties"]["variant"]["enum"] = registry.names("variants")
-    schema["$defs"]["Checkpoint"]["properties"]["format"]["enum"] = registry.names("loaders")
+    schema["$defs"]["Checkpoint"]["properties"]["format"]["enum"] = [
+        *registry.names("loaders"),
+        None,
+    ]
     return schema
 
 

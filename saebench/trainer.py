@@ -30,7 +30,7 @@ from torch import Tensor
 import saebench
 from saebench import results
 from saebench.errors import UserError
-from saebench.loaders.native import FORMAT, native
+from saebench.loaders._native import FORMAT, read_native
 from saebench.progress import Meter, say
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.suite import TrainedSAE
@@ -354,7 +354,7 @@ class _Pupil:
         sae, statistics = self.run.sae, self.stream.statistics()
         parent = None
         if self.run.parent is not None:
-            parent = native(self.run.parent.folder(checkpoints)).sae
+            parent = read_native(self.run.parent.folder(checkpoints)).sae
             read, predicted = (_inverse(statistics[site].cpu()) for site in (sae.site, sae.target))
             with torch.no_grad():
                 parent.fold(read, predicted)

@@ -25,9 +25,9 @@ class Skip(Exception):
 class Site:
     """Where activations are read: a stream of one block, or the input or output of a named module.
 
-    `stream` is one of resid_pre, resid_mid, resid_post, attn_out, mlp_in, mlp_out, mlp_hidden, with the
-    `layer` counted from 0; or a module path of the model followed by `.input` or `.output`, with
-    `layer` None.
+    `stream` is one of resid_pre, resid_mid, resid_post, attn_z (all heads' outputs, before they are mixed), attn_out,
+    mlp_in, mlp_out, mlp_hidden, with the `layer` counted from 0; or a module path of the model, or of the base model
+    without its head, followed by `.input` or `.output`, with `layer` None.
     """
 
     stream: str
@@ -53,8 +53,9 @@ class SAE(Protocol):
     """Anything that encodes activations into latents and decodes them, on raw activations.
 
     Where an architecture has them, it also carries `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]` and
-    `b_dec [d_out]`; evals that need these raise `Skip` when they are missing. A transcoder with an affine path beside
-    its latents carries `W_skip [d_in d_out]`: its prediction is what it decodes plus x W_skip.
+    `b_dec [d_out]`; evals that need these raise `Skip` when they are missing. One whose prediction has a part that
+    follows from x without the latents, such as the affine path of a skip transcoder, carries `beside(x) [n d_out]`,
+    which is added to what it decodes, or gives None.
     """
 
     d_in: int

@@ -13,7 +13,7 @@ import torch
 from saebench import lab, results, runner, suite
 from saebench.cache import Cache
 from saebench.lab import ModelLab
-from saebench.loaders.native import native
+from saebench.loaders._native import read_native
 from saebench.subject import LanguageModel, load_model
 from saebench.suite import Plugin
 from saebench.text import Files, tokenize
@@ -223,7 +223,7 @@ def test_shuffled_labels_without_an_eval_that_has_labels_are_refused(
 
 def checkpoint(place: Place, name: str) -> Any:
     (folder,) = place.checkpoints.glob(f"{name}--*")
-    return native(folder).sae, json.loads((folder / "sae.json").read_text())
+    return read_native(folder).sae, json.loads((folder / "sae.json").read_text())
 
 
 def test_a_frozen_decoder_is_the_random_start_and_its_encoder_is_trained(

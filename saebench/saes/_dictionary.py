@@ -29,8 +29,8 @@ class Dictionary(nn.Module, ABC):
     """Subclasses are final and say one thing: how to encode. They take raw activations.
 
     `W_enc [d_in d_sae]`, `W_dec [d_sae d_out]`, `b_dec [d_out]`; where a transcoder has an affine path beside its
-    latents, `W_skip [d_in d_out]`: whoever decodes adds x W_skip. Those that find their codes without an encoder have
-    no `W_enc`.
+    latents, `W_skip [d_in d_out]`: whoever decodes adds `beside`, x W_skip. Those that find their codes without an
+    encoder have no `W_enc`.
     """
 
     def __init__(
@@ -71,6 +71,10 @@ class Dictionary(nn.Module, ABC):
 
     def decode(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_out"]:
         return z @ self.W_dec + self.b_dec
+
+    def beside(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"] | None:
+        """What is predicted beside the latents, where there is such."""
+        return None if self.W_skip is None else x @ self.W_skip
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"]) -> SparseCode:
         chunks = sparse.token_chunks(x, self.d_sae)
