@@ -359,12 +359,15 @@ class LanguageModel:
     def canonical(self, site: Site) -> Site:
         """The one name of all sites with these activations: a stream's where a module path stands for one.
 
-        What enters a block is what left the one below. Raises `UserError` as `check_site` does.
+        What enters a block is what left the one below. Told by the activations themselves, since a module between (a
+        dropout, say) may change nothing. Raises `UserError` as `check_site` does.
         """
-        tap, layer = self._tap(site), self.layer(site)
+        layer = self.layer(site)
         if site.layer is None and layer is not None:
-            taps = self._block(layer).taps
-            site = next((Site(name, layer) for name in STREAMS if taps.get(name) == tap), site)
+            has = self._block(layer).taps
+            streams = [Site(name, layer) for name in STREAMS if name in has]
+            seen = self._taken([site, *streams], self._probe_rows)
+            site = next((other for other in streams if torch.equal(seen[other], seen[site])), site)
         if site.stream == "resid_pre" and site.layer:
             return Site("resid_post", site.layer - 1)
         return site

@@ -59,16 +59,30 @@ class Names(NamedTuple):
     mlp_last: str
     before_mlp: str
     """The norm whose input is resid_mid."""
+    attn_last: str | None
+    """The matrix that mixes the heads; None where there is none."""
 
 
 _LLAMA = Names(
-    "model.layers.{}", "self_attn", "mlp", "mlp", "mlp.down_proj", "post_attention_layernorm"
+    "model.layers.{}",
+    "self_attn",
+    "mlp",
+    "mlp",
+    "mlp.down_proj",
+    "post_attention_layernorm",
+    "self_attn.o_proj",
 )
 _GPT_NEOX = Names(
-    "gpt_neox.layers.{}", "attention", "mlp", "mlp", "mlp.dense_4h_to_h", "post_attention_layernorm"
+    "gpt_neox.layers.{}",
+    "attention",
+    "mlp",
+    "mlp",
+    "mlp.dense_4h_to_h",
+    "post_attention_layernorm",
+    "attention.dense",
 )
 NAMES = {
-    "gpt2": Names("transformer.h.{}", "attn", "mlp", "mlp", "mlp.c_proj", "ln_2"),
+    "gpt2": Names("transformer.h.{}", "attn", "mlp", "mlp", "mlp.c_proj", "ln_2", "attn.c_proj"),
     "gpt_neox": _GPT_NEOX,
     "gpt_neox_sequential": _GPT_NEOX,
     "llama": _LLAMA,
@@ -79,11 +93,14 @@ NAMES = {
         "post_feedforward_layernorm",
         "mlp.down_proj",
         "pre_feedforward_layernorm",
+        "self_attn.o_proj",
     ),
     "qwen2": _LLAMA,
-    "tuples": Names("blocks.{}", "attn", "mlp", "mlp", "mlp.down", "norm_2"),
+    "tuples": Names("blocks.{}", "attn", "mlp", "mlp", "mlp.down", "norm_2", None),
 }
 PARALLEL = "gpt_neox"
+LACKING = {(PARALLEL, "resid_mid"), ("tuples", "attn_z")}
+"""Streams that a family does not have."""
 MODELS = [
     *[(name, "eager") for name in NAMES],
     *[(name, "sdpa") for name in NAMES if name not in ("gemma2", "tuples")],  # these have no sdpa

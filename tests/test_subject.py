@@ -21,6 +21,7 @@ from tests.models import (
     CONTEXT,
     D_MLP,
     D_MODEL,
+    LACKING,
     LAYERS,
     MODELS,
     NAMES,
@@ -41,7 +42,7 @@ STREAMED = [
     (name, attention, stream)
     for name, attention in MODELS
     for stream in STREAMS
-    if (name, stream) != (PARALLEL, "resid_mid")
+    if (name, stream) not in LACKING
 ]
 
 
@@ -72,6 +73,7 @@ def plain_logits(lm, name, site, rows, stream):
         "resid_pre": ("block", "in"),
         "resid_mid": ("attn_out", "mid"),
         "resid_post": ("block", "out"),
+        "attn_z": ("attn_last", "in"),
         "attn_out": ("attn_out", "out"),
         "mlp_in": ("mlp", "in"),
         "mlp_hidden": ("mlp_last", "in"),
@@ -111,7 +113,7 @@ def hooks_left(model):
 def test_the_residual_stream_is_a_running_sum(name, attention):
     lm = subject(name, attention)
     for layer in range(LAYERS):
-        has = [s for s in STREAMS if (name, s) != (PARALLEL, "resid_mid")]
+        has = [s for s in STREAMS if (name, s) not in LACKING]
         read = lm.read([Site(s, layer) for s in has], lm.eval_rows)
         pre, post, attn, mlp = (
             read[Site(s, layer)] for s in ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -119,6 +121,29 @@ def test_the_residual_stream_is_a_running_sum(name, attention):
         if name != PARALLEL:
             torch.testing.assert_close(read[Site("resid_mid", layer)], pre + attn, **CLOSE)
         torch.testing.assert_close(post, pre + attn + mlp, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_and_the_stream_that_it_stands_for_are_one_site(name):
+    lm = subject(name)
+    block, parts = NAMES[name].block.format(1), NAMES[name]
+    by_module = {
+        f"{block}.output": Site("resid_post", 1),
+        f"{block}.input": Site("resid_post", 0),
+        f"{block}.{parts.mlp_out}.output": Site("mlp_out", 1),
+        f"{block}.{parts.mlp_last}.input": Site("mlp_hidden", 1),
+        f"{block}.{parts.attn_out}.output": Site("attn_out", 1),
+    }
+    assert {path: lm.canonical(Site(path)) for path in by_module} == by_module
+    # As tools name modules that look at the model without its head.
+    short = block.removeprefix(lm.model.base_model_prefix + ".")
+    assert lm.canonical(Site(f"{short}.output")) == Site("resid_post", 1)
+    assert lm.canonical(Site("resid_pre", 2)) == Site("resid_post", 1)
+    assert lm.canonical(Site("resid_pre", 0)) == Site("resid_pre", 0)
+    inside = next(path for path, _ in lm.model.named_modules() if path.endswith("mlp"))
+    assert lm.canonical(Site(f"{inside}.input")) == Site("mlp_in", 0)
+    with pytest.raises(UserError, match="nowhere"):
+        lm.canonical(Site("nowhere.output"))
 
 
 @pytest.mark.parametrize(("name", "attention"), MODELS, ids=IDS)
@@ -737,7 +762,7 @@ def test_a_site_is_understood_and_printed_so_that_it_is_understood_again(written
         ({"layer": 2}, "is not a site: expected"),
         ({"module": "model.layers.2.mlp", "side": "out"}, "expected one of input, output"),
         ("blocks.4.hook_resid_pots", r"nearest: hook_resid_post"),
-        ("blocks.4.attn.hook_z", "has no stream here"),
+        ("blocks.4.attn.hook_q", "has no stream here"),
         ("layer four", "is not a site"),
     ],
 )
