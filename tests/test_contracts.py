@@ -15,6 +15,9 @@ import yaml
 from saebench import registry, sparse, suite
 from saebench.controls._control import Asked, BuiltControl, Planned, TrainedControl
 from saebench.errors import UserError
+from saebench.exports._export import Export, Origin
+from saebench.loaders._files import Limits, Source
+from saebench.loaders._loader import Loader, Told
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.types import SAE, Eval, Omitted, Score, Site, StreamEval, TextEval
 from saebench.variants._training import Variant
@@ -378,7 +381,7 @@ def test_every_metric_of_an_eval_is_in_its_formulas(name):
         assert family in module.__doc__ or metric.name in ("density",), metric.name
 
 
-# Controls, loaders, reports
+# Controls, reports, loaders, exports
 
 
 RECIPE = suite.recipe("topk", {})
@@ -410,10 +413,26 @@ def test_reports_are_frozen_and_can_be_called(name):
 
 
 @pytest.mark.parametrize("name", registry.names("loaders"))
-def test_loaders_take_a_path_and_refuse_what_is_not_there(name, tmp_path):
-    load = registry.get("loaders", name)
-    with pytest.raises(UserError, match="missing"):
-        load(tmp_path / "missing")
+def test_loaders_are_final_and_claim_no_folder_without_their_files(name, tmp_path):
+    cls = registry.get("loaders", name)
+    assert issubclass(cls, Loader) and cls.__final__
+    (tmp_path / "notes.txt").write_text("nothing")
+    (tmp_path / "config.json").write_text("{}")
+    source = Source(tmp_path, Limits())
+    assert not cls().fits(source)
+    with pytest.raises(UserError):
+        for member in cls().members(source, Told(Site("resid_post", 0), k=2)):
+            member.load()
+
+
+@pytest.mark.parametrize("name", registry.names("exports"))
+def test_exports_are_final_and_refuse_what_their_format_cannot_say(name, tmp_path):
+    cls = registry.get("exports", name)
+    assert issubclass(cls, Export) and cls.__final__
+    site = Site("resid_post", 0)
+    with pytest.raises(UserError):
+        cls().write(toys.sae_of("codebook"), Origin(site, site, None), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # All plug-ins

@@ -1,4 +1,4 @@
-"""What every loader is: it knows a format by the structure of its files, and makes SAEs of it that take raw activations."""
+"""What every loader is: it knows a format by the structure of its files, and makes SAEs of it for raw activations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from saebench.types import Site
 
 WIDEST = 2**22
 _WIDEST_SITE = 2**17
+_MOST_ITERATIONS = 10_000
 
 
 class Told(NamedTuple):
@@ -91,8 +92,8 @@ def build(
 ) -> Dictionary:
     """An SAE of `saes/` with exactly these weights, as float32. `where` is for messages.
 
-    Nothing is allocated for what the arguments claim. Raises `UserError` where they do not fit the weights, where a
-    weight is not finite, and for thresholds that are none.
+    Nothing is allocated for what the arguments claim. Raises `UserError` where they do not fit the weights, and where
+    a weight is not finite.
     """
     if architecture not in registry.names("saes"):
         known = ", ".join(registry.names("saes"))
@@ -101,14 +102,17 @@ def build(
     try:
         with torch.device("meta"):
             sae: Dictionary = registry.get("saes", architecture)(**arguments)
-    except (TypeError, RuntimeError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: {architecture} cannot be built: {error}") from None
+    except (UserError, TypeError, RuntimeError, ValueError, OverflowError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{where}: {architecture} cannot be built: {first}") from None
     expected = {name: tuple(weight.shape) for name, weight in sae.state_dict().items()}
     _check_weights(weights, expected, where)
-    sae.load_state_dict(
-        {name: weight.detach().to(torch.float32).contiguous() for name, weight in weights.items()},
-        assign=True,
-    )
+    try:
+        ready = {n: w.detach().to(torch.float32).contiguous() for n, w in weights.items()}
+    except (MemoryError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{where}: the weights do not fit into memory: {first}") from None
+    sae.load_state_dict(ready, assign=True)
     return sae.requires_grad_(False)
 
 
@@ -118,9 +122,10 @@ def _check_size(arguments: Mapping[str, Any], where: str) -> None:
         ("d_out", _WIDEST_SITE),
         ("d_sae", WIDEST),
         ("k", WIDEST),
+        ("iterations", _MOST_ITERATIONS),
     ):
         given = arguments.get(name)
-        if given is None and name in ("d_out", "k"):
+        if given is None and name not in ("d_in", "d_sae"):
             continue
         if type(given) is not int or not 0 < given <= most:
             raise UserError(
@@ -136,8 +141,14 @@ def _check_weights(
         wrong = sorted(set(found.items()) ^ set(expected.items()))
         names = ", ".join(dict.fromkeys(name for name, _ in wrong))
         raise UserError(
-            f"{where}: the weights do not fit together ({names}): got {found}, expected {expected}"
+            f"{where}: the weights do not fit together ({names[:400]}): got {str(found)[:1000]}, expected {expected}"
         )
     for name, weight in weights.items():
-        if not weight.is_floating_point() or not bool(torch.isfinite(weight.float()).all()):
+        if not weight.is_floating_point() or not _is_finite(weight):
             raise UserError(f"{where}: {name} has values that are not finite numbers")
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """In float32, and a part at a time where that needs no copy."""
+    parts = weight.detach().reshape(-1).split(2**24) if weight.is_contiguous() else (weight,)
+    return all(bool(torch.isfinite(part.float()).all()) for part in parts)

@@ -83,7 +83,9 @@ class Normalized(nn.Module):
         """Shift and scale."""
         nothing = x.new_zeros(len(x), 1)
         if self.norm == "layer":
-            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + self.eps
+            mean = x.mean(-1, keepdim=True)
+            variance = (x - mean).square().sum(-1, keepdim=True) / max(1, self.d_in - 1)
+            return mean, variance.sqrt() + self.eps
         square = x.square().mean(-1, keepdim=True)
         if self.norm == "rms":
             return nothing, (square + self.eps).sqrt()
