@@ -38,7 +38,7 @@ def open_checkpoint(
     Raises `UserError` where there is nothing, for a Hub id without a revision, for files beyond the limits, and where
     no format fits or several do.
     """
-    path, origin = _locate(given, limits, cache, beside)
+    path, origin = locate(given, limits, cache, beside)
     source = Source(path, limits)
     name = format or _recognised(source)
     loader: Loader = registry.get("loaders", name)()
@@ -64,9 +64,10 @@ def where(site: Site, target: Site) -> str:
     return str(site) if site == target else f"{site} to {target}"
 
 
-def _locate(
+def locate(
     given: str, limits: Limits, cache: Path | None, beside: Path
 ) -> tuple[Path, dict[str, Any]]:
+    """Where the files are, downloaded where they were not here, and what results may say of it."""
     path = beside / Path(given).expanduser()
     if path.exists():
         return path, {"from": "local"}
