@@ -5,6 +5,7 @@ https://doi.org/10.1137/0905021) in ln L0, which never overshoots the points, an
 
 area            1 / (ln b - ln a) * integral from a to b of m d ln L0, over the range [a, b] of L0 that both families
                 have: the mean of the metric at equal sparsity, in the metric's own unit
+distance        of one SAE from a family: its m less that of the curve at its own measured L0
 dominance       a simultaneous 95 % band of the difference of the two curves leaves out zero everywhere
 hypervolume     share of a fixed box, log10 L0 from 1 to 1,000 by |ideal - m| from 0 to |ideal - worst|, that is no
                 better in either than some SAE (Zitzler and Thiele 1999, https://doi.org/10.1109/4235.797969)
@@ -56,6 +57,17 @@ class Comparison(NamedTuple):
     """L0s where the curves through the measured values cross; two that lie within 1/1000 of the range are not seen."""
     dominates: Literal["a", "b"] | None
     """The family that is better everywhere in the range, with 95 % confidence in all of it at once."""
+
+
+class Distance(NamedTuple):
+    """One SAE, and a family at its L0."""
+
+    l0: float
+    sae: float
+    frontier: float
+    """The metric of the family there."""
+    difference: Difference
+    """sae - frontier."""
 
 
 class _Curves(NamedTuple):
@@ -133,6 +145,35 @@ def compare(a: Family, b: Family, best: Best, paired: bool) -> Comparison:
         crossings=_crossings(curves, low, high),
         dominates=_dominant(gap if best == "max" else -gap, margin),
     )
+
+
+def at_point(sae: Point, family: Family) -> Distance:
+    """How far an SAE is from a family at its own measured L0, which must lie in the family's range.
+
+    Metrics are ratios over the same units, in the same order. All is drawn together, as in `compare` of pairs: in each
+    draw the SAE has an L0 of its own, and the curve of that draw is read there.
+    """
+    measured, own = _measured(family), _measured([sae])
+    l0, value = float(own.l0[0, 0]), float(own.metric[0, 0])
+    low, high = _range(measured)
+    if not low <= l0 <= high:
+        raise ValueError(
+            f"the family goes from L0 {low:g} to {high:g}, and the SAE has {l0:g}; nothing is extrapolated"
+        )
+    n_units = _n_units([sae], family, paired=True)
+    if sae.metric.statistic != "ratio":
+        raise ValueError(f"expected a ratio of sums over units, got a {sae.metric.statistic}")
+    frontier = float(_at(_curves(measured, measured.l0[0]), np.log([l0]))[0, 0])
+
+    drawn = _drawn_together([sae, *family])
+    curves = _curves(_Draws(drawn.l0[:, 1:], drawn.metric[:, 1:]), measured.l0[0])
+    drawn_gaps = drawn.metric[:, 0] - _at(curves, np.log(drawn.l0[:, :1]))[:, 0]
+    if n_units < FEW_UNITS:
+        error = float(_jackknife_error(drawn_gaps[:, None])[0])
+        difference = stats.student(value - frontier, error, n_units - 1)
+    else:
+        difference = stats.from_draws(value - frontier, drawn_gaps, n_units)
+    return Distance(l0, value, frontier, difference)
 
 
 def hypervolume(l0: Floats, metric: Floats, worst: float, ideal: float) -> float:
@@ -299,15 +340,16 @@ class _Pieces(NamedTuple):
 
 
 def _pieces(curves: _Curves, places: Floats) -> _Pieces:
-    """Before the first point and after the last, t is 0 or 1: there the curve is constant."""
-    index = (curves.x[:, None, 1:-1] <= places[:, None]).sum(axis=2)
+    """`places` [g], or [draws g] where every curve has its own. Before the first point and after the last, t is 0 or 1:
+    there the curve is constant."""
+    index = (curves.x[:, None, 1:-1] <= places[..., None]).sum(axis=2)
     left = np.take_along_axis(curves.x, index, 1)
     width = np.take_along_axis(curves.x, index + 1, 1) - left
     return _Pieces(index, np.clip((places - left) / width, 0, 1), width)
 
 
 def _at(curves: _Curves, places: Floats) -> Floats:
-    """[draws g] the curves at g places, in ln L0."""
+    """[draws g] the curves at g places, in ln L0, or each at g of its own."""
     index, t, width = _pieces(curves, places)
     y0, y1 = (np.take_along_axis(curves.y, index + end, 1) for end in (0, 1))
     s0, s1 = (np.take_along_axis(curves.slope, index + end, 1) * width for end in (0, 1))

@@ -99,12 +99,25 @@ class ScoreRow(NamedTuple):
     """The value of an SAE that is worth nothing and that of a perfect one, where there are such."""
 
 
+class Told(NamedTuple):
+    """One metric as another tool measured it: a number without units."""
+
+    metric: str
+    best: Literal["min", "max"] | None
+    unit: str
+    doc: str
+    value: float
+    n: int
+    """How many tokens lie behind it, 0 where nobody said."""
+
+
 class Entry(NamedTuple):
     """An SAE of a suite, as asked for."""
 
-    kind: Literal["trained", "control", "reference", "checkpoint"]
+    kind: Literal["trained", "control", "reference", "checkpoint", "imported"]
     """A control knows nothing of what the model learned, and a trained SAE must be clearly better than it. A reference,
-    such as the identity, is there to read the others against."""
+    such as the identity, is there to read the others against. What is imported was measured by another tool: numbers
+    without units, which nothing here is compared with."""
     variant: str
     width: int | None
     l0: float | None
@@ -200,6 +213,25 @@ def write_skip(folder: Path, spec: Spec, reason: str, provenance: Mapping[str, A
     return path
 
 
+def write_told(
+    folder: Path,
+    spec: Spec,
+    told: Sequence[Told],
+    omitted: Sequence[Omission],
+    provenance: Mapping[str, Any],
+) -> Path:
+    """A run of another tool, which has no units."""
+    path = run_file(folder, spec)
+    content = {
+        "spec": spec,
+        "scores": [_told(score) for score in told],
+        "omitted": [omission._asdict() for omission in omitted],
+        "provenance": provenance,
+    }
+    write_text_whole(path, _json(content))
+    return path
+
+
 def write_manifest(
     folder: Path,
     suite: str,
@@ -289,6 +321,30 @@ def lock(folder: Path) -> Iterator[None]:
         for partial in [*folder.glob(".*.partial"), *folder.glob("runs/.*.partial")]:
             partial.unlink()
         yield
+
+
+def definition(folder: Path) -> dict[str, Any]:
+    """The suite file as the manifest has it."""
+    found: dict[str, Any] = _manifest(folder)["definition"]
+    return found
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """The SAEs of the manifest, in its order."""
+    saes = _manifest(folder)["saes"]
+    return {name: Entry(*(entry[k] for k in Entry._fields)) for name, entry in saes.items()}
+
+
+def runs(folder: Path) -> list[str]:
+    """The run files that the manifest names, whether they are there or not."""
+    return list(_manifest(folder)["runs"])
+
+
+def read_run(folder: Path, file: str) -> dict[str, Any]:
+    """Spec, provenance, and scores or why there are none, as the file has them."""
+    run = _load(folder / file)
+    _need(run, folder / file, "spec", "provenance")
+    return run
 
 
 def read(folder: Path) -> Results:
@@ -438,6 +494,13 @@ def _score(row: ScoreRow, value: float, ends: stats.Interval | None) -> dict[str
         "ends": None if row.ends is None else list(row.ends),
         "doc": row.doc,
     }
+
+
+def _told(given: Told) -> dict[str, Any]:
+    if not math.isfinite(given.value):
+        raise ValueError(f"{given.metric}: the value must be finite, got {given.value}")
+    nothing = dict.fromkeys(("ci_low", "ci_high", "reference", "ends"))
+    return given._asdict() | nothing | {"statistic": "ratio", "n_units": 0}
 
 
 def _parquet(rows: Sequence[ScoreRow]) -> bytes:

@@ -417,3 +417,64 @@ def test_a_box_without_height_and_a_negative_l0_are_errors():
         frontiers.hypervolume(np.ones(1), np.ones(1), worst=1.0, ideal=1.0)
     with pytest.raises(ValueError, match="never negative, got -1"):
         frontiers.hypervolume(np.array([-1.0]), np.ones(1), worst=0.0, ideal=1.0)
+
+
+# One SAE against a family
+
+
+def test_an_sae_is_compared_with_the_curve_at_its_own_l0():
+    # m = ln L0 is a line there; at the geometric mean of 8 and 16 it is 3.5 ln 2.
+    l0 = 8 * np.sqrt(2)
+    baselines = exact(np.log([8.0, 16.0, 32.0]), [8.0, 16.0, 32.0])
+    (sae,) = exact([3.5 * np.log(2) + 0.012], [l0])
+    found = frontiers.at_point(sae, baselines)
+    assert (found.l0, found.frontier) == pytest.approx((l0, 3.5 * np.log(2)))
+    assert found.difference[:3] == pytest.approx((0.012, 0.012, 0.012))
+
+
+@pytest.mark.parametrize("l0", [7.9, 64.1])
+def test_no_frontier_is_extrapolated(l0):
+    (sae,) = exact([1.0], [l0])
+    with pytest.raises(ValueError, match="nothing is extrapolated"):
+        frontiers.at_point(sae, exact([1.0, 2.0], [8.0, 64.0]))
+
+
+def test_an_sae_beside_one_of_few_units_has_the_interval_of_students_paired_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 0.2, 8), rng.normal(0.8, 0.2, 8)
+    ones = np.ones(8)
+    ends = exact([0.1, 2.0], [8.0, 32.0], n=8)
+    family = [ends[0], Point(Column(16 * ones, ones), Column(b, ones)), ends[1]]
+    found = frontiers.at_point(Point(Column(16 * ones, ones), Column(a, ones)), family).difference
+    test = scipy.stats.ttest_rel(a, b)
+    assert found.p == pytest.approx(test.pvalue)
+    assert found[:3] == pytest.approx((np.mean(a - b), *test.confidence_interval(0.95)), rel=1e-6)
+
+
+def test_every_draw_reads_its_own_curve_at_its_own_l0():
+    sae, *baselines = family(0.5, (12.0, *L0S), n=40)
+    found = frontiers.at_point(sae, baselines).difference
+    counts = np.concatenate(
+        [[np.bincount(p, minlength=40) for p in picks] for picks in Bootstrap(40).picks()]
+    )
+
+    def drawn(column):
+        return (counts @ column.num) / (counts @ column.den)
+
+    l0s, metrics = (
+        np.stack([drawn(point[part]) for point in baselines], axis=1) for part in (0, 1)
+    )
+    places = np.log(drawn(sae.l0))
+    curves = [
+        float(PchipInterpolator(np.log(x), y)(at))
+        for x, y, at in zip(l0s, metrics, places, strict=True)
+    ]
+    expected = stats.from_draws(found.value, drawn(sae.metric) - np.array(curves), 40)
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_documents_do_to_all_saes_alike_is_no_difference_from_the_frontier():
+    sae, *baselines = family(0.5, (12.0, *L0S), noise=0.0)
+    found = frontiers.at_point(sae, baselines).difference
+    alone = stats.interval(*sae.metric)
+    assert found.high - found.low < 0.2 * (alone.high - alone.low)

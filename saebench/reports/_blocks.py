@@ -27,8 +27,13 @@ class Contender(NamedTuple):
     site: str
 
     @property
+    def standard(self) -> bool:
+        """There to read the others against."""
+        return self.kind in ("control", "reference")
+
+    @property
     def ranked(self) -> bool:
-        return self.kind not in ("control", "reference")
+        return not self.standard and self.kind != "imported"
 
     @property
     def place(self) -> "Place":
@@ -112,15 +117,16 @@ def _hit(l0: float, asked: Sequence[float]) -> float | None:
 
 
 def _of_site(site: str, here: Sequence[Contender]) -> Iterator[Group]:
-    ranked = [one for one in here if one.ranked]
-    others = [one for one in here if not one.ranked]
-    places = {one.place for one in ranked}
+    saes = [one for one in here if not one.standard]
+    others = [one for one in here if one.standard]
+    places = {one.place for one in saes}
     placed: set[str] = set()
     for place in sorted(places, key=lambda p: (_none_last(p[0]), _none_last(p[1]))):
-        members = [one for one in ranked if one.place == place]
+        members = [one for one in saes if one.place == place]
         beside = [one for one in others if _belongs(one, place, places)]
         placed.update(one.name for one in beside)
-        yield Group(_title(site, place), (*members, *beside))
+        imported = all(one.kind == "imported" for one in members)
+        yield Group(_title(site, place, imported), (*members, *beside))
     left = tuple(one for one in others if one.name not in placed)
     if left:
         kinds = [k for k in ("control", "reference") if any(one.kind == k for one in left)]
@@ -137,11 +143,12 @@ def _belongs(control: Contender, place: Place, places: set[Place]) -> bool:
     return own[1] is not None and (own == place or (own not in places and own[1] == place[1]))
 
 
-def _title(site: str, place: Place) -> str:
+def _title(site: str, place: Place, imported: bool) -> str:
+    """What is imported was not asked for."""
     width, l0 = place
-    parts = [site]
-    parts.append("no width asked for" if width is None else f"width {width:,}")
-    parts.append("no L0 asked for" if l0 is None else f"asked-for L0 {l0:g}")
+    if imported:
+        return site if width is None else f"{site}, width {width:,}"
     if width is None and l0 is None:
         return f"{site}, checkpoints"
-    return ", ".join(parts)
+    wide = "no width asked for" if width is None else f"width {width:,}"
+    return f"{site}, {wide}, " + ("no L0 asked for" if l0 is None else f"asked-for L0 {l0:g}")

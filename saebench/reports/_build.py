@@ -152,17 +152,17 @@ def _rows(
     return tuple(rows)
 
 
-def _mark(one: Contender) -> Literal["control", "reference"] | None:
-    if one.kind == "control":
-        return "control"
-    return "reference" if one.kind == "reference" else None
+def _mark(one: Contender) -> Literal["control", "reference", "imported"] | None:
+    kinds: tuple[Literal["control", "reference", "imported"], ...]
+    kinds = ("control", "reference", "imported")
+    return next((kind for kind in kinds if kind == one.kind), None)
 
 
 def _sorted(evidence: Evidence, by: Heading, group: Group) -> list[Contender]:
     """Best first, controls and references last; upwards where nothing is the better direction."""
 
     def order(one: Contender) -> tuple[int, bool, float, list[tuple[int, int, str]]]:
-        place = 0 if one.ranked else 1 + (one.kind == "reference")
+        place = 1 + (one.kind == "reference") if one.standard else 0
         value = _value(evidence, by.key, one)
         if value is None:
             return place, True, 0.0, natural(one.name)
@@ -244,7 +244,9 @@ def _reading(
     results = evidence.results
     rows = [row for block in blocks for row in block.rows]
     cells = [cell for row in rows for cell in row.cells]
-    sentences = [_about_intervals(headings)]
+    # What is imported has no intervals.
+    own = any(row.mark != "imported" for row in rows)
+    sentences = [_about_intervals(headings)] if own else []
     if any(row.cells[first].standing for row in rows):
         sentences += _about_ranks(headings[first])
     if any(cell.tied for cell in cells):
@@ -257,6 +259,11 @@ def _reading(
         sentences.append("(control): knows nothing of what the model learned; never ranked.")
     if any(row.mark == "reference" for row in rows):
         sentences.append("(reference): there to read the others against; never ranked.")
+    if any(row.mark == "imported" for row in rows):
+        sentences.append(
+            "(imported): from result files of another tool, by its definitions and without units; no interval, "
+            "never ranked."
+        )
     if any(heading.unseparated for heading in headings):
         sentences.append(_about_separation(headings))
     if any(cell.missed for cell in cells):
@@ -340,7 +347,8 @@ def _about_test(headings: Sequence[Heading]) -> str:
 
 
 def _all_units_kept(results: Results) -> bool:
-    return all(files.has_units(results, file) for file in set(results.scores["file"]))
+    own = results.scores[results.scores["kind"] != "imported"]
+    return all(files.has_units(results, file) for file in set(own["file"]))
 
 
 # What is not shown

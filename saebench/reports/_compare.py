@@ -155,7 +155,13 @@ def _side(name: str, results: Results) -> Side:
     known = sorted(set(map(str, results.scores["sae"])))
     if name not in known:
         raise UserError(f"{results.folder} has no scores of {name!r}; {nearest(name, known)}")
-    return Side(name, results, newest(results.scores[results.scores["sae"] == name]))
+    scores = newest(results.scores[results.scores["sae"] == name])
+    if (scores["kind"] == "imported").any():
+        raise UserError(
+            f"{name} is imported: a number without units has no interval and cannot be compared. Score its checkpoint "
+            "on a suite of yours, and compare that."
+        )
+    return Side(name, results, scores)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -56,6 +56,10 @@ class Families(NamedTuple):
 
 def compare(families: tuple[str, str], folder: Path, metrics: Sequence[str], at: Place) -> Families:
     evidence = Evidence(files.read(folder))
+    if (evidence.scores["kind"] == "imported").any():
+        raise UserError(
+            f"{folder} is imported: numbers without units have no intervals and cannot be compared."
+        )
     everyone = [one for one in contenders(evidence.scores) if one.ranked]
     a, b = families
     for name in families:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from saebench.errors import NothingToShow, UserError
+from saebench.results import Results
 
 MISSED = 0.1
 """An asked-for L0 is missed when the measured one is off by more than this share of it."""
@@ -96,7 +97,7 @@ class Cell(NamedTuple):
 
 class Row(NamedTuple):
     name: str
-    mark: Literal["control", "reference"] | None
+    mark: Literal["control", "reference", "imported"] | None
     """Of what is never ranked."""
     variant: str
     n_seeds: int
@@ -165,6 +166,24 @@ class Table(NamedTuple):
 def newest(scores: pd.DataFrame) -> pd.DataFrame:
     """The newest version of each eval: versions of a metric are never mixed."""
     return scores[scores["version"] == scores.groupby("eval")["version"].transform("max")]
+
+
+def only(results: Results, site: str | None, width: int | None) -> Results:
+    """The SAEs of one site, of one width; None is all. Raises `UserError` where there are none."""
+    scores = results.scores
+    here = pd.Series(True, index=scores.index)
+    if site is not None:
+        here &= scores["site"] == site
+    if width is not None:
+        here &= (scores["width"] == width).fillna(False).astype(bool)
+    if not here.any():
+        places = scores[["site", "width"]].drop_duplicates().itertuples(index=False)
+        there = sorted((f"{p.site} with width {p.width}" for p in places), key=natural)
+        raise UserError(
+            f"{results.folder} has no SAE at {site or 'any site'} with width {width or 'of any size'}; there are: "
+            + "; ".join(there)
+        )
+    return results._replace(scores=scores[here])
 
 
 def keys(scores: pd.DataFrame, name: str) -> list[Key]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar, final
 
 from saebench.errors import UserError
+from saebench.progress import printable
 from saebench.reports import _build
 from saebench.reports._build import AFTER_THE_LETTERS
 from saebench.reports._evidence import Evidence
@@ -65,6 +66,7 @@ _TEX = {
     "‡": r"$^\ddagger$",
     "ᶜ": r"$^\mathrm{c}$",
     "ʳ": r"$^\mathrm{r}$",
+    "ⁱ": r"$^\mathrm{i}$",
     "–": "--",
 }
 
@@ -84,7 +86,7 @@ _ABOUT_SEEDS = (
 )
 
 
-_TEX_MARKS = {"control": "ᶜ", "reference": "ʳ"}
+_TEX_MARKS = {"control": "ᶜ", "reference": "ʳ", "imported": "ⁱ"}
 
 
 @final
@@ -223,7 +225,7 @@ def _markdown(suite: str, table: Table, separation: Sequence[SeparationRow]) -> 
 
 def _escaped(text: str) -> str:
     """Shown as it is: nothing in a name becomes markup, HTML or another cell."""
-    text = re.sub(r"([\\`*\[\]|])", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", " ".join(printable(text).split()))
     # Inside a word an underscore means nothing.
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -381,7 +383,10 @@ def _latex(suite: str, table: Table) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
+    words = " ".join(printable(text).split())
+    # At the start of a row these would be options of the end of the row before.
+    start = "{}" if words.startswith(("[", "*")) else ""
+    return start + "".join(_TEX.get(character, character) for character in words)
 
 
 def _tex_heading(heading: Heading) -> str:
@@ -434,10 +439,21 @@ def _show_block(screen: Screen, table: Table, block: Block) -> None:
     head = ["SAE", *ranked, "variant", *map(_label, table.headings)]
     lines = []
     for row in block.rows:
-        variant = f"({row.mark})" if row.mark else row.variant
+        variant = _shown_variant(row)
         rank = [_rank(row, table)] if ranked else []
         cells = [
             Written(_plain(cell) + ("*" if cell.tied else ""), cell.tied) for cell in row.cells
         ]
-        lines.append(Line([_name(row), *rank, variant, *cells], dim=row.mark is not None))
+        lines.append(Line([_name(row), *rank, variant, *cells], dim=_is_standard(row)))
     screen.grid(head, lines, left=len(ranked) + 2)
+
+
+def _is_standard(row: Row) -> bool:
+    """There to read the others against."""
+    return row.mark in ("control", "reference")
+
+
+def _shown_variant(row: Row) -> str:
+    if _is_standard(row):
+        return f"({row.mark})"
+    return f"{row.variant} ({row.mark})" if row.mark else row.variant

@@ -5,12 +5,13 @@ beaten are drawn faint. Bars are 95 % intervals; several seeds of one recipe are
 mean, whose bars reach over the intervals of all of them. Controls and references are grey: a dotted
 line where one has no sparsity to choose, a marker where it was asked for one. What lies far outside
 the range of the SAEs stands with its value in a strip at the edge, instead of squashing the plot.
+Each site is a panel; where one would have too many lines, each site and width is.
 """
 
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from saebench import stats
 from saebench.errors import NothingToShow, UserError
+from saebench.progress import printable
 from saebench.reports import _table
 from saebench.results import Results, write_bytes_whole
 
@@ -40,10 +42,14 @@ _LOG_ABOVE = 20.0  # spread of a positive metric from which on its axis is logar
 _NEAR = 0.6  # a control this share of the SAEs' range beyond it still gets a place on the axis
 _PAD = 0.06  # free space at the ends of an axis, as a share of it
 _STANDARDS = ("control", "reference")  # kinds that SAEs are read against
+_LINES = ("trained", "imported")  # kinds of which a variant is one line
+_IMPORTED = "imported: scored by another tool, without intervals"
 _TINY = 0.02  # a horizontal interval below this share of the axis is hidden by its marker anyway
 _MOST_TICKS = 7
 _MOST_VALUES = 6  # printed in one row of the strip
 _MOST_NAMED_CHECKPOINTS = 6  # above this the legend names their formats only
+_MOST_SERIES = 12  # in one panel; above this each width gets panels of its own
+_MOST_COLUMNS = 3
 _STRIP = 0.075  # height of one row of the strip at the edge, as a share of the axes
 
 # Okabe and Ito's colours without yellow, which is too light for lines. Cycles of 7, 10 and 4, so
@@ -128,6 +134,23 @@ class _Series(NamedTuple):
     fill: Literal["full", "none", "left"]
 
 
+class _Place(NamedTuple):
+    """What one panel shows."""
+
+    site: str
+    width: int | None
+    """None where it shows all widths."""
+
+    def of(self, points: pd.DataFrame) -> pd.DataFrame:
+        here = points["site"] == self.site
+        if self.width is not None:  # what has no width is shown at each
+            here &= (points["width"] == self.width) | points["width"].isna()
+        return points[here.fillna(False).astype(bool)]
+
+    def __str__(self) -> str:
+        return self.site if self.width is None else f"{self.site},\nwidth {self.width:,}"
+
+
 class _Plot(NamedTuple):
     points: pd.DataFrame
     """One row per SAE: what it is, its label in the legend, x, x_low, x_high, y, y_low, y_high."""
@@ -136,6 +159,10 @@ class _Plot(NamedTuple):
     series: dict[str, _Series]
     controls: dict[str, str]
     """Marker by label, of the controls that have a place along the x axis."""
+    places: list[_Place]
+    """A panel each."""
+    note: str | None
+    """Above the legend; None where there is nothing to say."""
 
 
 @final
@@ -173,25 +200,26 @@ class Pareto:
 
     def draw(self, results: Results) -> Figure:
         plot = _plot(results, self.x, self.y)
-        sites = sorted(set(plot.points["site"]), key=_table.natural)
-        n_columns = min(len(sites), 2)
-        n_rows = math.ceil(len(sites) / n_columns)
+        places = plot.places
+        n_columns = _columns(places)
+        n_rows = math.ceil(len(places) / n_columns)
         width = _COLUMN if n_columns == 1 else _PAGE
         legend_columns, legend_rows = _legend_shape(plot, width)
-        height = _PANEL_HEIGHT * n_rows + _LEGEND_ROW * legend_rows + 0.15
+        height = _PANEL_HEIGHT * n_rows + _LEGEND_ROW * (legend_rows + bool(plot.note)) + 0.15
         with _styled():
             layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02)
             figure = Figure(figsize=(width, height), layout=layout)
             panels = list(figure.subplots(n_rows, n_columns, squeeze=False).ravel())
-            for i, (panel, site) in enumerate(zip(panels, sites, strict=False)):
-                _panel(panel, plot, plot.points[plot.points["site"] == site])
-                if len(sites) > 1:
-                    panel.set_title(site)
-                if i + n_columns >= len(sites):
+            for i, (panel, place) in enumerate(zip(panels, places, strict=False)):
+                _panel(panel, plot, place.of(plot.points))
+                if len(places) > 1:
+                    panel.set_title(str(place))
+                # The label is about two panels wide where there are three.
+                if i + n_columns >= len(places) and (n_columns < 3 or i % 3 == 1):
                     panel.set_xlabel(plot.x.label)
                 if i % n_columns == 0:
                     panel.set_ylabel(plot.y.label)
-            for panel in panels[len(sites) :]:
+            for panel in panels[len(places) :]:
                 panel.set_visible(False)
             _legend(figure, plot, legend_columns)
         return figure
@@ -226,6 +254,9 @@ def _plot(results: Results, x: str, y: str) -> _Plot:
     scores = _table.newest(results.scores)
     across, up = (_table.of_key(scores, _table.one_key(scores, name)) for name in (x, y))
     points = _seeds_together(_points(across, up))
+    places = _places(points)
+    if places[0].width is not None:
+        points["label"] = _labels(points, with_width=False)
     is_sae = ~points["kind"].isin(_STANDARDS)
     if not is_sae.any():
         raise NothingToShow(
@@ -238,12 +269,37 @@ def _plot(results: Results, x: str, y: str) -> _Plot:
         points=points,
         x=_x_axis(x, across, saes["x"]),
         y=_y_axis(y, up, saes["y"]),
-        series=_series(saes),
+        series=_series(saes, by_width=places[0].width is None),
         controls={
             str(label): _CONTROL_MARKERS[i % len(_CONTROL_MARKERS)]
             for i, label in enumerate(dict.fromkeys(controls["label"]))
         },
+        places=places,
+        note=_IMPORTED if (saes["kind"] == "imported").any() else None,
     )
+
+
+def _columns(places: Sequence[_Place]) -> int:
+    """A row for each site, where all have the same few widths."""
+    widths = {
+        site: [p.width for p in places if p.site == site] for site in {p.site for p in places}
+    }
+    first = widths[places[0].site]
+    if all(found == first for found in widths.values()) and 1 < len(first) <= _MOST_COLUMNS:
+        return len(first)
+    return min(len(places), 2)
+
+
+def _places(points: pd.DataFrame) -> list[_Place]:
+    """In order: one for each site, or for each site and width where that has too many lines."""
+    sites = sorted(set(points["site"]), key=_table.natural)
+    lines = points[points["kind"].isin(_LINES)]
+    widths = sorted(set(lines["width"].dropna()))
+    if len(widths) < 2 or lines.groupby("site")["label"].nunique().max() <= _MOST_SERIES:
+        return [_Place(site, None) for site in sites]
+    found = lines[["site", "width"]].drop_duplicates()
+    pairs = set(zip(found["site"], found["width"], strict=True))
+    return [_Place(site, int(w)) for site in sites for w in widths if (site, w) in pairs]
 
 
 def _points(across: pd.DataFrame, up: pd.DataFrame) -> pd.DataFrame:
@@ -255,7 +311,8 @@ def _points(across: pd.DataFrame, up: pd.DataFrame) -> pd.DataFrame:
         # Without an interval the bar has no length.
         points[f"{axis}_low"] = rows.loc[both, "ci_low"].fillna(value)
         points[f"{axis}_high"] = rows.loc[both, "ci_high"].fillna(value)
-    points["label"] = _labels(points)
+    several = points.loc[points["kind"].isin(_LINES), "width"].dropna().nunique() > 1
+    points["label"] = _labels(points, with_width=several)
     return points
 
 
@@ -279,23 +336,23 @@ def _seeds_together(points: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([first, points[~trained]])
 
 
-def _labels(points: pd.DataFrame) -> list[str]:
+def _labels(points: pd.DataFrame, with_width: bool) -> list[str]:
     """What is one line, or one kind of mark, has one label."""
-    several_widths = points.loc[points["kind"] == "trained", "width"].dropna().nunique() > 1
     by_name = (points["kind"] == "checkpoint").sum() <= _MOST_NAMED_CHECKPOINTS
+    widths = ["" if pd.isna(w) else f", width {int(w):,}" for w in points["width"]]
     labels = []
-    for row in points.itertuples():
+    for row, wide in zip(points.itertuples(), widths, strict=True):
         kind = str(row.kind)
         if kind in _STANDARDS:
             labels.append(f"{row.variant} ({kind})")
         elif kind == "checkpoint":
             name = str(row.Index if by_name else row.variant)
             labels.append(f"{name} (checkpoint)")
-        elif several_widths:
-            labels.append(f"{row.variant}, width {row.width:,}")
+        elif with_width:
+            labels.append(f"{row.variant}{wide}")
         else:
             labels.append(str(row.variant))
-    return labels
+    return [printable(label) for label in labels]
 
 
 def _listed(points: pd.DataFrame) -> list[_Point]:
@@ -303,22 +360,22 @@ def _listed(points: pd.DataFrame) -> list[_Point]:
     return [_Point(*values) for values in zip(*columns, strict=True)]
 
 
-def _series(saes: pd.DataFrame) -> dict[str, _Series]:
-    """Colour, marker and dashes say which variant, the fill of the marker which width."""
+def _series(saes: pd.DataFrame, by_width: bool) -> dict[str, _Series]:
+    """Colour, marker and dashes say which variant, the fill of the marker which width if `by_width`."""
     # In the order of the suite, checkpoints after what the suite trained.
-    ordered = saes.sort_values("kind", key=lambda kind: kind != "trained", kind="stable")
-    looks = [r.variant if r.kind == "trained" else r.label for r in ordered.itertuples()]
+    ordered = saes.sort_values("kind", key=lambda kind: ~kind.isin(_LINES), kind="stable")
+    looks = [r.variant if r.kind in _LINES else r.label for r in ordered.itertuples()]
     variants = list(dict.fromkeys(looks))
-    widths = sorted(set(saes.loc[saes["kind"] == "trained", "width"].dropna()))
+    widths = sorted(set(saes.loc[saes["kind"].isin(_LINES), "width"].dropna())) if by_width else []
     series = {}
     for row, look in zip(ordered.itertuples(), looks, strict=True):
         i = variants.index(look)
-        place = widths.index(row.width) if row.kind == "trained" and row.width in widths else 0
+        place = widths.index(row.width) if row.kind in _LINES and row.width in widths else 0
         series[str(row.label)] = _Series(
             _COLOURS[i % len(_COLOURS)],
             _MARKERS[i % len(_MARKERS)],
             # Checkpoints come from anywhere: nothing says that they lie on one line.
-            _DASHES[i % len(_DASHES)] if row.kind == "trained" else "none",
+            _DASHES[i % len(_DASHES)] if row.kind in _LINES else "none",
             _FILLS[place % len(_FILLS)],
         )
     return series
@@ -599,12 +656,14 @@ def _legend(figure: Figure, plot: _Plot, columns: int) -> None:
         columnspacing=1.2,
         labelspacing=0.25,
         borderpad=0.6,
+        title=plot.note,
+        title_fontsize=6.5,
     )
 
 
 def _handle(plot: _Plot, label: str, style: _Series) -> Line2D:
     look = {key: part for key, part in _marked(style).items() if key != "elinewidth"}
-    sites = plot.points.loc[plot.points["label"] == label, "site"]
-    if sites.duplicated().any():
+    here = plot.points[plot.points["label"] == label]
+    if any(len(place.of(here)) > 1 for place in plot.places):
         look["linestyle"] = style.dashes
     return Line2D([], [], label=label, **look)
