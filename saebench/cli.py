@@ -4,6 +4,7 @@ Parsing and printing only. Nothing heavy is imported before it is needed.
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -17,6 +18,11 @@ import typer.core
 
 from saebench import __version__, registry
 from saebench.errors import NothingToShow, UserError
+from saebench.progress import printable
+
+_STYLE = re.compile(r"(\x1b\[[0-3](?:;[0-3])*m)")
+_LONGEST = 4_000
+"""Characters of a line of a message, which may quote what strangers wrote."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -27,6 +33,11 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             _complain(str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _complain(f"{error.filename}: {error.strerror}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             _complain("stopped; the same command goes on from here")
@@ -56,6 +67,14 @@ AllowPickle = Annotated[
     typer.Option("--allow-pickle-weights", help="also read .pt and .pth files, as weights alone"),
 ]
 MaxSize = Annotated[float, typer.Option(help="GiB that a checkpoint may have")]
+SiteOption = Annotated[
+    str | None, typer.Option(help="what it reads, such as 4.resid_post, where its files do not say")
+]
+PredictsOption = Annotated[
+    str | None, typer.Option(help="of a transcoder: what it predicts, where its files do not say")
+]
+_RESULT_FILES = "sae_bench_json"
+"""What --format of `export` calls result files of sae_bench."""
 Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # type: ignore[misc]
 
 
@@ -97,6 +116,178 @@ def run(  # noqa: PLR0913  (the options of the command)
         _complain(f"{failed} runs failed (see above); the others are finished and kept")
         raise typer.Exit(1)
     _print(_text_of(results / loaded.name))
+
+
+@app.command()
+def submit(  # noqa: PLR0913  (the options of the command)
+    checkpoint: Annotated[
+        str, typer.Argument(help="a folder, a file, or org/name@revision/folder on the Hub")
+    ],
+    suite: Annotated[Path, typer.Option(help="a suite file, or the name of one that comes along")],
+    name: Annotated[str, typer.Option(help="of the SAE in tables and file names")],
+    format: Format = None,
+    site: SiteOption = None,
+    predicts: PredictsOption = None,
+    k: Annotated[
+        int | None, typer.Option(help="active latents per token, where its files do not say")
+    ] = None,
+    norm: Annotated[
+        float | None,
+        typer.Option(
+            help="mean length of the activations it was trained on, where they were scaled by it"
+        ),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="where results go")] = Path("results"),
+    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs are")] = Path("checkpoints"),
+    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="other weights under the same name; keeps the old")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="score it although the self-check refuses it")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check it, say what would be scored, write nothing")
+    ] = False,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="in a process with bounds and without a network")
+    ] = False,
+    isolate_memory: Annotated[float, typer.Option(help="GiB of that process")] = 8.0,
+    isolate_minutes: Annotated[float, typer.Option(help="time of that process")] = 60.0,
+    bundle: Annotated[
+        Path | None, typer.Option(help="also write the submission to a .zip file, to hand in")
+    ] = None,
+    allow_pickle_weights: AllowPickle = False,
+    max_size: MaxSize = 8.0,
+) -> None:
+    """Score a checkpoint on a suite, add it to the results, and say where it stands."""
+    if bundle is not None and bundle.suffix != ".zip":
+        raise UserError(f"--bundle is {bundle}; expected a file whose name ends in .zip")
+    limits = _limits(max_size, allow_pickle_weights)
+    if isolate:
+        bounds = _bounds(isolate_memory, isolate_minutes, device)
+        folder = results / _load_suite(_suite_path(suite)).name
+        raise typer.Exit(_isolated(checkpoint, (limits, cache), bounds, folder))
+    path = _suite_path(suite)
+    loaded = _load_suite(path)
+    from saebench import runner, submission
+
+    given = submission.checkpoint(
+        checkpoint=checkpoint,
+        format=format,
+        name=name,
+        site=site,
+        predicts=predicts,
+        k=k,
+        norm=norm,
+    )
+    options = runner.Options(results, checkpoints, cache, _device(device), None, False, limits)
+    prepared = submission.prepare(loaded, path, options, given, dry=dry_run)
+    _print("\n".join(prepared.check.lines()))
+    if dry_run:
+        _print("\n".join(submission.described(prepared)))
+        return
+    done = submission.keep(prepared, replace=replace, force=force)
+    _print(done.told)
+    if done.failed:
+        _complain(f"{done.failed} runs failed (see above); the others are finished and kept")
+        raise typer.Exit(1)
+    from saebench.reports._standing import standing
+
+    _print(standing(done.folder, done.name))
+    if bundle is not None:
+        _write_bundle(done.folder, done.name, bundle)
+
+
+@app.command(name="bundle")
+def bundle_(
+    results: ResultsFolder,
+    name: Annotated[str, typer.Argument(help="of a submission")],
+    out: Annotated[Path, typer.Argument(help="file to write: .zip")],
+) -> None:
+    """Write an earlier submission to a file that can be handed in."""
+    _write_bundle(results, name, out)
+
+
+@app.command()
+def adopt(
+    bundle: Annotated[Path, typer.Argument(help="a .zip file that has been verified")],
+    results: ResultsFolder,
+) -> None:
+    """Put a submission that somebody handed in into the results of its suite."""
+    from saebench.bundle import adopt
+
+    name = adopt(bundle, results)
+    _print(f"{name} is in {results}; saebench report {results} --format md,csv,tex shows it")
+
+
+@app.command()
+def verify(  # noqa: PLR0913  (the options of the command)
+    bundle: Annotated[Path, typer.Argument(help="a .zip file that submit or bundle wrote")],
+    suite: Annotated[
+        Path | None, typer.Option(help="compare it with a suite file, or one that comes along")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="score a sample of sequences again with these weights")
+    ] = None,
+    format: Format = None,
+    site: SiteOption = None,
+    predicts: PredictsOption = None,
+    k: Annotated[
+        int | None, typer.Option(help="active latents per token, where its files do not say")
+    ] = None,
+    norm: Annotated[
+        float | None,
+        typer.Option(
+            help="mean length of the activations it was trained on, where they were scaled by it"
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(help="sequences to score again", min=1)] = 64,
+    seed: Annotated[
+        int | None, typer.Option(help="of the sample; drawn anew where not given", min=0)
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="relative difference of units that counts as none", min=0)
+    ] = 1e-4,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="also score evals again that bring their own text")
+    ] = False,
+    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    allow_pickle_weights: AllowPickle = False,
+    max_size: MaxSize = 8.0,
+) -> None:
+    """Check a submission: its file alone, against its suite, against its checkpoint."""
+    if checkpoint is not None and suite is None:
+        raise UserError("--checkpoint scores on a suite; say on which with --suite")
+    import secrets
+
+    from saebench import runner, submission, verification
+
+    given, place = None, None
+    if checkpoint is not None:
+        given = submission.checkpoint(
+            checkpoint=checkpoint,
+            format=format,
+            name="verified",
+            site=site,
+            predicts=predicts,
+            k=k,
+            norm=norm,
+        )
+    if suite is not None:
+        path = _suite_path(suite)
+        limits = _limits(max_size, allow_pickle_weights)
+        nowhere = Path()  # nothing is written but the cache
+        options = runner.Options(nowhere, nowhere, cache, _device(device), None, False, limits)
+        place = verification.Place(_load_suite(path), path, options)
+    drawn = secrets.randbelow(2**32) if seed is None else seed
+    sampling = verification.Sampling(sample, drawn, tolerance, texts)
+    found = verification.verify(bundle, place, given, sampling)
+    _print(found.text)
+    if found.problems:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -177,19 +368,89 @@ def compare(  # noqa: PLR0913  (the options of the command)
 
 
 @app.command()
-def plot(
+def plot(  # noqa: PLR0913  (the options of the command)
     results: ResultsFolder,
     out: Annotated[Path, typer.Option(help="figure to write: .pdf, .svg or .png")],
     x: Annotated[str, typer.Option(help="metric along the axis")] = "l0",
     y: Annotated[str, typer.Option(help="metric up the axis")] = "loss_recovered",
+    site: Annotated[str | None, typer.Option(help="only SAEs of this site")] = None,
+    width: Annotated[int | None, typer.Option(help="only SAEs of this width")] = None,
 ) -> None:
     """Draw one Pareto figure, ready for a paper."""
+    from saebench.reports._table import only
     from saebench.reports.pareto import Pareto
     from saebench.results import read
 
     figure = Pareto(x=x, y=y)
-    figure.save(figure.draw(read(results)), out)
+    figure.save(figure.draw(only(read(results), site, width)), out)
     _print(f"wrote {out}")
+
+
+@app.command()
+def export(  # noqa: PLR0913  (the options of the command)
+    what: Annotated[
+        str,
+        typer.Argument(help="a checkpoint, here or on the Hub; for sae_bench_json, results"),
+    ],
+    out: Annotated[Path, typer.Argument(help="folder to write, new or empty")],
+    format: Annotated[
+        str, typer.Option(help="of `saebench list exports`, or sae_bench_json for results")
+    ],
+    from_format: Annotated[
+        str | None, typer.Option("--from", help="format of the checkpoint, where several fit")
+    ] = None,
+    site: SiteOption = None,
+    predicts: PredictsOption = None,
+    mode: Annotated[
+        str | None, typer.Option(help="of sae_bench_json: sb-0125, sb-0.6 or native")
+    ] = None,
+    sae: Annotated[
+        list[str] | None, typer.Option(help="of sae_bench_json: only this SAE; several times")
+    ] = None,
+    cache: Annotated[Path, typer.Option(help="where downloads are kept")] = Path("cache"),
+    allow_pickle_weights: AllowPickle = False,
+    max_size: MaxSize = 8.0,
+) -> None:
+    """Write a checkpoint, or results, as another tool reads them."""
+    if format == _RESULT_FILES:
+        if (from_format, site, predicts) != (None, None, None):
+            raise UserError("--from, --site and --predicts are about checkpoints, not results")
+        _export_results(Path(what), out, mode, sae)
+        return
+    if mode is not None or sae is not None:
+        raise UserError(f"--mode and --sae are about results, with --format {_RESULT_FILES}")
+    known = registry.names("exports")
+    if format not in known:
+        raise UserError(
+            f"--format is {format!r}; expected one of {', '.join([*known, _RESULT_FILES])}"
+        )
+    from saebench import exchange
+    from saebench.checkpoints import open_checkpoint
+    from saebench.loaders._loader import Told
+    from saebench.sites import parse_site
+
+    places = [None if given is None else parse_site(given) for given in (site, predicts)]
+    told = Told(site=places[0], predicts=places[1])
+    limits = _limits(max_size, allow_pickle_weights)
+    opened = open_checkpoint(what, from_format, told, limits, cache, Path())
+    for name in exchange.export(opened, told, format, out):
+        _print(f"wrote {out / name}")
+    _print(f"read back as {format}, it gives what the checkpoint gives")
+
+
+@app.command(name="import")
+def import_(
+    files: Annotated[
+        list[Path], typer.Argument(help="result files of sae_bench, *_eval_results.json")
+    ],
+    out: Annotated[Path, typer.Argument(help="folder of imported results, new or of such")],
+) -> None:
+    """Read result files of sae_bench as rows of a leaderboard of their own."""
+    from saebench import peer_json
+
+    new = peer_json.import_(files, out)
+    of = "file" if len(files) == 1 else "files"
+    _print(f"{len(files)} {of} read, {len(new)} of them new; `saebench report {out}` shows {out}")
 
 
 @app.command()
@@ -230,6 +491,19 @@ def list_(kind: Annotated[Kind, typer.Argument(help="what to name")]) -> None:
         )
 
 
+def _export_results(results: Path, out: Path, mode: str | None, saes: list[str] | None) -> None:
+    from saebench import peer_json
+
+    found = next((known for known in peer_json.MODES if known == mode), None)
+    if found is None:
+        given = "is not given" if mode is None else f"is {mode!r}"
+        raise UserError(
+            f"--mode {given}; expected one of {', '.join(peer_json.MODES)}: which definitions the numbers have"
+        )
+    for path in peer_json.export(results, out, found, saes):
+        _print(f"wrote {path}")
+
+
 def _version(asked: bool) -> bool:
     if asked:
         _print(__version__)
@@ -248,7 +522,9 @@ def _root(
 
 def main() -> int:
     """The console script."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     if not sys.stderr.isatty():  # bars of downloads and loading fill log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -282,6 +558,36 @@ def _device(asked: str) -> str:
         found = torch.cuda.device_count()
         raise UserError(f"--device is {asked}, but torch sees {found} GPUs here; use --device cpu")
     return asked
+
+
+def _write_bundle(results: Path, name: str, out: Path) -> None:
+    from saebench import bundle
+
+    bundle.write(results, name, out)
+    _print(f"wrote {out}")
+
+
+def _bounds(memory: float, minutes: float, device: str) -> Any:
+    from saebench.isolation import Bounds
+
+    for option, given in (("--isolate-memory", memory), ("--isolate-minutes", minutes)):
+        if not 0 < given < math.inf:
+            raise UserError(f"{option} is {given}; expected a positive number")
+    on_gpu = _device(device) != "cpu"
+    return Bounds(None if on_gpu else int(memory * 1024**3), 60 * minutes)
+
+
+def _isolated(checkpoint: str, download: tuple[Any, Path], bounds: Any, folder: Path) -> int:
+    """The same command in a process of its own, after the download. `folder`: where that one writes."""
+    from saebench import isolation, submission
+
+    pinned = {checkpoint: submission.fetched(checkpoint, *download)}
+    arguments = [pinned.get(part, part) for part in sys.argv[1:] if part != "--isolate"]
+    try:
+        return isolation.run(arguments, bounds)
+    except isolation.Killed:
+        submission.tidy(folder)
+        raise
 
 
 def _limits(max_size: float, allow_pickle: bool) -> Any:
@@ -324,8 +630,20 @@ def _text_of(folder: Path) -> str:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    # Tables for a terminal have bold and dim parts, which say nothing but that, whoever wrote them.
+    parts = _STYLE.split(text) if sys.stdout.isatty() else [text]
+    shown = [part if _STYLE.fullmatch(part) else printable(part) for part in parts]
+    sys.stdout.write("".join(shown) + "\n")
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"saebench: {text}\n")
+    sys.stderr.write("saebench: " + printable("\n".join(map(_cut, text.split("\n")))) + "\n")
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

@@ -15,7 +15,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import saebench
-from saebench import registry, results, trainer
+from saebench import isolation, results, submitted, trainer
 from saebench.cache import Cache
 from saebench.checkpoints import Opened, one_at, open_checkpoint, where
 from saebench.controls._control import Asked, Material, Planned, TrainedControl
@@ -43,6 +43,7 @@ from saebench.progress import Meter, say
 from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
 from saebench.saes._normalized import Normalized
+from saebench.sites import parse_site
 from saebench.subject import (
     BUILTIN_MODEL,
     LanguageModel,
@@ -53,6 +54,7 @@ from saebench.subject import (
     untrained,
     untrained_identity,
 )
+from saebench.submitted import Submission
 from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, twice
 from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
 from saebench.trainer import Stream, TrainRun
@@ -538,7 +540,7 @@ def _score_texts(bench: Workbench, runs: Sequence[EvalRun]) -> int:
         for job in by_sae.values():
             left = [run_ for run_ in job if not failures.has([run_])]
             with failures.noting(left):
-                sae = _on_device(job[0].candidate.load(), bench.options.device)
+                sae = on_device(job[0].candidate.load(), bench.options.device)
             for run_ in job:
                 if not failures.has([run_]):
                     with failures.noting([run_]):
@@ -553,7 +555,7 @@ def _score_text(bench: Workbench, run_: EvalRun, sae: SAE) -> None:
 
     def provenance() -> Spec:
         took = round(time.perf_counter() - began, 3)
-        return _provenance(bench.options.device) | {"seconds": took}
+        return _provenance(bench.options.device) | _about(candidate, sae) | {"seconds": took}
 
     try:
         if candidate.parents_codes and eval_.codes_alone:
@@ -606,7 +608,7 @@ class _Scoring:
     def __init__(self, bench: Workbench, runs: Sequence[EvalRun]) -> None:
         self.bench, self.runs = bench, runs
         candidate = runs[0].candidate
-        self.sae = _on_device(candidate.load(), bench.options.device)
+        self.sae = on_device(candidate.load(), bench.options.device)
         self.seconds = 0.0
         facts = bench.stage_of(candidate).subject.facts(candidate.site, candidate.target)
         self.tallies: list[tuple[EvalRun, Tally]] = []
@@ -624,7 +626,7 @@ class _Scoring:
     def update(self, batch: Batch) -> None:
         began = time.perf_counter()
         code = self.sae.encode_sparse(batch.x)
-        x_hat = _predicted(self.sae, batch.x, code)
+        x_hat = predicted(self.sae, batch.x, code)
         outcome = batch.outcome(x_hat) if self.needs_outcome else None
         seen = Seen(batch, code, x_hat, outcome)
         for _, tally in self.tallies:
@@ -643,7 +645,12 @@ class _Scoring:
         results.write_skip(self.bench.folder, run_.spec, str(reason), self._provenance())
 
     def _provenance(self) -> Spec:
-        return _provenance(self.bench.options.device) | {"seconds": round(self.seconds, 3)}
+        here = _provenance(self.bench.options.device)
+        return here | self._about | {"seconds": round(self.seconds, 3)}
+
+    @cached_property
+    def _about(self) -> Spec:
+        return _about(self.runs[0].candidate, self.sae)
 
 
 def _write(
@@ -692,7 +699,9 @@ class _Failures:
             yield
         except UserError:
             raise
-        except Exception:
+        except Exception as error:
+            if isolation.ran_out(error):
+                raise isolation.no_memory() from error
             log.exception("scoring %s failed", runs[0].candidate.name)
             self._failed |= {(r.candidate.name, r.eval_name) for r in runs}
             self.count += len(runs)
@@ -700,6 +709,13 @@ class _Failures:
     def has(self, runs: Sequence[EvalRun]) -> bool:
         """Whether any of them has failed."""
         return any((r.candidate.name, r.eval_name) in self._failed for r in runs)
+
+
+def _about(candidate: Candidate, sae: SAE) -> Spec:
+    """Where a scored SAE is from, and the checksum by which its weights are recognised in another file or format."""
+    known = isinstance(sae, Dictionary | Normalized)
+    weights = {"weights": weights_checksum(sae)} if known else {}
+    return weights | ({} if candidate.origin is None else {"origin": candidate.origin})
 
 
 def weights_checksum(sae: SAE) -> str:
@@ -777,7 +793,7 @@ def _native(folder: Path) -> Dictionary:
     return read_native(folder).sae
 
 
-def _predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
+def predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[Tensor, "n d_out"]:
     """What the SAE decodes, with what it predicts beside the latents."""
     x_hat = sae.decode_sparse(code)
     beside = getattr(sae, "beside", None)
@@ -785,7 +801,7 @@ def _predicted(sae: SAE, x: Float[Tensor, "n d_in"], code: SparseCode) -> Float[
     return x_hat if more is None else x_hat + more
 
 
-def _on_device(sae: SAE, device: str) -> SAE:
+def on_device(sae: SAE, device: str) -> SAE:
     return sae.to(device) if isinstance(sae, nn.Module) else sae
 
 
@@ -806,16 +822,47 @@ def _to_do(bench: Workbench, run_: EvalRun) -> bool:
 
 
 def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:
-    results.write_manifest(
-        bench.folder,
-        bench.suite.name,
-        _public_definition(bench),
-        {r.candidate.name: r.candidate.entry for r in runs},
-        [f"runs/{results.run_file(bench.folder, r.spec).name}" for r in runs],
-    )
+    entries = {r.candidate.name: r.candidate.entry for r in runs}
+    write_manifest(bench, entries, [run_name(bench, r) for r in runs])
 
 
-def _public_definition(bench: Workbench) -> Spec:
+def write_manifest(bench: Workbench, saes: Mapping[str, Entry], runs: Sequence[str]) -> None:
+    """Of the suite's own SAEs, and of what was submitted to it."""
+    entries, files, own = dict(saes), list(runs), bench.names()
+    for name, submission in submitted.read(bench.folder).items():
+        if name in own:
+            say(f"the suite has an SAE called {name} now: the submission of that name is left out")
+            continue
+        asked = [run_name(bench, r) for r in bench.eval_runs([as_candidate(name, submission)])]
+        there = [file for file in asked if file in submission.runs]
+        if len(there) < len(asked):
+            say(
+                f"{name}, a submission, has {len(there)} of the {len(asked)} runs that the suite asks for now; "
+                f"`saebench submit` with the same checkpoint and --name {name} makes those that are missing"
+            )
+        if there:
+            entries[name] = submission.entry
+            files += there
+    results.write_manifest(bench.folder, bench.suite.name, public_definition(bench), entries, files)
+
+
+def run_name(bench: Workbench, run_: EvalRun) -> str:
+    """As the manifest has it."""
+    return f"runs/{results.run_file(bench.folder, run_.spec).name}"
+
+
+def as_candidate(name: str, submission: Submission) -> Candidate:
+    """What was submitted earlier, whose weights nobody has here."""
+
+    def load() -> SAE:
+        raise UserError(f"the weights of {name} are not kept with its results; submit it again")
+
+    site, _, target = submission.entry.site.partition(" to ")
+    reads, predicts = parse_site(site), parse_site(target or site)
+    return Candidate(name, submission.entry, reads, predicts, submission.checksum, load)
+
+
+def public_definition(bench: Workbench) -> Spec:
     """The suite as it was run: revisions resolved, and no path of this machine."""
     definition = bench.suite.definition()
     definition["model"] = dict(bench.subject.identity)

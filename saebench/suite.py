@@ -30,12 +30,14 @@ from pydantic import (
     model_validator,
 )
 
-from saebench import registry
+from saebench import registry, strict
 from saebench.errors import UserError
 from saebench.sites import parse_site
 from saebench.types import Site, Spec, TextEval
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_MOST_CHARACTERS = 2**18
+_MOST_SAES = 1_000
 _MOST_VALUES = 10_000
 """In one suite file, aliases written out: a few lines of aliases of aliases can stand for billions."""
 
@@ -237,6 +239,10 @@ class Trained(_Strict):
         for name, choices in (self.model_extra or {}).items():
             if choices == []:
                 raise _Wrong(f"{name} is an empty list; give at least one value", name)
+        swept = [v for n, v in (self.model_extra or {}).items() if _is_sweep(self.variant, n, v)]
+        n_saes = math.prod(map(len, [*swept, self.width, self.l0, self.seed]))
+        if n_saes > _MOST_SAES:
+            raise _Wrong(f"the lists multiply to {n_saes:,} SAEs; expected at most {_MOST_SAES:,}")
         for overrides in _sweep(self.variant, self.model_extra or {}):
             filled = recipe(self.variant, overrides)
             for width, l0 in itertools.product(self.width, self.l0):
@@ -453,17 +459,24 @@ class Suite(_Strict):
 def load(path: Path) -> Suite:
     """Reads and checks a suite file. Raises `UserError` with file, line and field of what is wrong."""
     try:
-        source = path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe would be waited for
+            raise UserError(f"{path} is no plain file; expected a suite file")
+        with path.open(encoding="utf-8") as file:
+            source = file.read(_MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise UserError(
             f"there is no suite file {path}; `saebench list suites` names those that come along"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a suite file: {error}") from None
+    if len(source) > _MOST_CHARACTERS:
+        raise UserError(
+            f"{path} has more than {_MOST_CHARACTERS:,} characters; write a shorter suite"
+        )
     try:
-        tree = yaml.compose(source, Loader=yaml.SafeLoader)
+        tree = yaml.compose(source, Loader=strict.Bounded)
         _check_tree(path, tree)
-        data = yaml.safe_load(source)
+        data = yaml.load(source, Loader=strict.Bounded)  # a SafeLoader
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:

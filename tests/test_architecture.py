@@ -13,16 +13,18 @@ import saebench
 ROOT = Path(saebench.__file__).parent
 LAYERS = [  # a module imports only from layers above it in this list, or from its own folder
     ["errors", "_triton"],
-    ["types", "registry", "stats", "progress", "kernels"],
+    ["types", "registry", "stats", "progress", "kernels", "strict", "isolation"],
     ["ranks", "frontiers"],
     ["sites", "results", "cache", "text"],
-    ["suite", "sparse", "reports", "codelabels"],
-    ["saes", "labelled", "logistic"],
+    ["suite", "sparse", "reports", "codelabels", "scrutiny", "submitted"],
+    ["saes", "labelled", "logistic", "peer_json", "bundle", "wrapped"],
     ["subject", "loaders", "exports", "variants", "evals", "controls"],
     ["hub"],
     ["trainer", "lab", "checkpoints"],
-    ["runner"],
-    ["planner"],
+    ["runner", "exchange"],
+    ["planner", "verification", "selfcheck"],
+    ["submission"],
+    ["api"],
     ["cli"],
     ["__main__"],
 ]
@@ -42,9 +44,11 @@ LIGHT = [
     "results",
     "reports.leaderboard",
     "reports.pareto",
+    "peer_json",
+    "bundle",
     "cli",
 ]
-"""What answers `list`, `report`, `plot` and `compare`."""
+"""What answers `list`, `report`, `plot`, `compare` and `import`."""
 
 
 def part(module: str) -> str:
