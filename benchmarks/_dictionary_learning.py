@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from saebench import results
-from saebench.loaders.native import FORMAT
+from saebench.loaders._native import FORMAT
 from saebench.saes._dictionary import Dictionary
 from saebench.saes.gated import Gated
 from saebench.saes.jumprelu import JumpReLU
