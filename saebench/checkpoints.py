@@ -30,7 +30,7 @@ class Opened(NamedTuple):
     """For messages."""
 
 
-def open_checkpoint(
+def open_checkpoint(  # noqa: PLR0913  (what the user says, and where files may be)
     given: str, format: str | None, told: Told, limits: Limits, cache: Path | None, beside: Path
 ) -> Opened:
     """`beside`: relative paths are meant from here. `cache`: where downloads are kept.

@@ -73,6 +73,18 @@ SiteOption = Annotated[
 PredictsOption = Annotated[
     str | None, typer.Option(help="of a transcoder: what it predicts, where its files do not say")
 ]
+KOption = Annotated[
+    int | None, typer.Option(help="active latents per token, where its files do not say")
+]
+NormOption = Annotated[
+    float | None,
+    typer.Option(
+        help="mean length of the activations it was trained on, where they were scaled by it"
+    ),
+]
+ResultsOption = Annotated[Path, typer.Option(help="where results go")]
+CacheOption = Annotated[Path, typer.Option(help="where activations are kept")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 _RESULT_FILES = "sae_bench_json"
 """What --format of `export` calls result files of sae_bench."""
 Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # type: ignore[misc]
@@ -81,11 +93,11 @@ Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # typ
 @app.command()
 def run(  # noqa: PLR0913  (the options of the command)
     suite: SuiteFile,
-    results: Annotated[Path, typer.Option(help="where results go")] = Path("results"),
+    results: ResultsOption = Path("results"),
     checkpoints: Annotated[Path, typer.Option(help="where trained SAEs go")] = Path("checkpoints"),
-    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
+    cache: CacheOption = Path("cache"),
     no_cache: Annotated[bool, typer.Option("--no-cache", help="compute activations anew")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: DeviceOption = "auto",
     only: Annotated[
         str | None, typer.Option(help="only SAEs whose name matches, such as 'topk*'")
     ] = None,
@@ -128,19 +140,12 @@ def submit(  # noqa: PLR0913  (the options of the command)
     format: Format = None,
     site: SiteOption = None,
     predicts: PredictsOption = None,
-    k: Annotated[
-        int | None, typer.Option(help="active latents per token, where its files do not say")
-    ] = None,
-    norm: Annotated[
-        float | None,
-        typer.Option(
-            help="mean length of the activations it was trained on, where they were scaled by it"
-        ),
-    ] = None,
-    results: Annotated[Path, typer.Option(help="where results go")] = Path("results"),
+    k: KOption = None,
+    norm: NormOption = None,
+    results: ResultsOption = Path("results"),
     checkpoints: Annotated[Path, typer.Option(help="where trained SAEs are")] = Path("checkpoints"),
-    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    cache: CacheOption = Path("cache"),
+    device: DeviceOption = "auto",
     replace: Annotated[
         bool, typer.Option("--replace", help="other weights under the same name; keeps the old")
     ] = False,
@@ -234,15 +239,8 @@ def verify(  # noqa: PLR0913  (the options of the command)
     format: Format = None,
     site: SiteOption = None,
     predicts: PredictsOption = None,
-    k: Annotated[
-        int | None, typer.Option(help="active latents per token, where its files do not say")
-    ] = None,
-    norm: Annotated[
-        float | None,
-        typer.Option(
-            help="mean length of the activations it was trained on, where they were scaled by it"
-        ),
-    ] = None,
+    k: KOption = None,
+    norm: NormOption = None,
     sample: Annotated[int, typer.Option(help="sequences to score again", min=1)] = 64,
     seed: Annotated[
         int | None, typer.Option(help="of the sample; drawn anew where not given", min=0)
@@ -253,8 +251,8 @@ def verify(  # noqa: PLR0913  (the options of the command)
     texts: Annotated[
         bool, typer.Option("--texts", help="also score evals again that bring their own text")
     ] = False,
-    cache: Annotated[Path, typer.Option(help="where activations are kept")] = Path("cache"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    cache: CacheOption = Path("cache"),
+    device: DeviceOption = "auto",
     allow_pickle_weights: AllowPickle = False,
     max_size: MaxSize = 8.0,
 ) -> None:
@@ -401,6 +399,8 @@ def export(  # noqa: PLR0913  (the options of the command)
     ] = None,
     site: SiteOption = None,
     predicts: PredictsOption = None,
+    k: KOption = None,
+    norm: NormOption = None,
     mode: Annotated[
         str | None, typer.Option(help="of sae_bench_json: sb-0125, sb-0.6 or native")
     ] = None,
@@ -413,8 +413,10 @@ def export(  # noqa: PLR0913  (the options of the command)
 ) -> None:
     """Write a checkpoint, or results, as another tool reads them."""
     if format == _RESULT_FILES:
-        if (from_format, site, predicts) != (None, None, None):
-            raise UserError("--from, --site and --predicts are about checkpoints, not results")
+        if any(given is not None for given in (from_format, site, predicts, k, norm)):
+            raise UserError(
+                "--from, --site, --predicts, --k and --norm are about checkpoints, not results"
+            )
         _export_results(Path(what), out, mode, sae)
         return
     if mode is not None or sae is not None:
@@ -426,11 +428,8 @@ def export(  # noqa: PLR0913  (the options of the command)
         )
     from saebench import exchange
     from saebench.checkpoints import open_checkpoint
-    from saebench.loaders._loader import Told
-    from saebench.sites import parse_site
 
-    places = [None if given is None else parse_site(given) for given in (site, predicts)]
-    told = Told(site=places[0], predicts=places[1])
+    told = _told(site, predicts, k, norm)
     limits = _limits(max_size, allow_pickle_weights)
     opened = open_checkpoint(what, from_format, told, limits, cache, Path())
     for name in exchange.export(opened, told, format, out):
@@ -454,17 +453,22 @@ def import_(
 
 
 @app.command()
-def check(
+def check(  # noqa: PLR0913  (the options of the command)
     what: Annotated[Path, typer.Argument(help="a suite file, or the folder of a checkpoint")],
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: DeviceOption = "auto",
     format: Format = None,
+    site: SiteOption = None,
+    predicts: PredictsOption = None,
+    k: KOption = None,
+    norm: NormOption = None,
     allow_pickle_weights: AllowPickle = False,
     max_size: MaxSize = 8.0,
 ) -> None:
     """Say everything that can be known of a suite or a checkpoint without running it."""
     if what.is_dir() or (what.is_file() and what.suffix not in (".yaml", ".yml")):
         limits = _limits(max_size, allow_pickle_weights)
-        _print("\n".join(_describe_checkpoint(what, format, limits)))
+        told = _told(site, predicts, k, norm)
+        _print("\n".join(_describe_checkpoint(what, format, told, limits)))
         return
     path = _suite_path(what)
     loaded = _load_suite(path)
@@ -598,13 +602,20 @@ def _limits(max_size: float, allow_pickle: bool) -> Any:
     return Limits(int(max_size * 1024**3), allow_pickle)
 
 
-def _describe_checkpoint(path: Path, format: str | None, limits: Any) -> list[str]:
+def _told(site: str | None, predicts: str | None, k: int | None, norm: float | None) -> Any:
+    from saebench.loaders._loader import Told
+    from saebench.sites import parse_site
+
+    places = [None if given is None else parse_site(given) for given in (site, predicts)]
+    return Told(places[0], places[1], k, norm)
+
+
+def _describe_checkpoint(path: Path, format: str | None, told: Any, limits: Any) -> list[str]:
     import torch
 
     from saebench.checkpoints import open_checkpoint, where
-    from saebench.loaders._loader import Told
 
-    opened = open_checkpoint(str(path), format, Told(), limits, None, Path())
+    opened = open_checkpoint(str(path), format, told, limits, None, Path())
     lines = [f"format: {opened.format}"]
     for member in opened.members:
         sae = member.load()

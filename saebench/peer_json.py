@@ -30,7 +30,7 @@ from saebench import __version__, strict
 from saebench import results as files
 from saebench.errors import UserError
 from saebench.reports._table import newest
-from saebench.results import Entry, Omission, Results, Told
+from saebench.results import Entry, Imported, Omission, Results
 
 Mode = Literal["sb-0125", "sb-0.6", "native"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -149,7 +149,7 @@ class Foreign(NamedTuple):
     """SHA-256 of what it was read from."""
     eval_name: str
     version: int
-    told: Sequence[Told]
+    told: Sequence[Imported]
     omitted: Sequence[Omission]
     provenance: Mapping[str, Any]
 
@@ -458,7 +458,7 @@ def add(rows: Sequence[Foreign], out: Path) -> list[str]:
                 )
             new |= {} if run in before else {run: row}
         for row in new.values():
-            files.write_told(out, _spec(row), row.told, row.omitted, row.provenance)
+            files.write_imported(out, _spec(row), row.told, row.omitted, row.provenance)
         definition = _definition(facts, rows)
         files.write_manifest(out, out.resolve().name, definition, entries, [*before, *new])
     return list(new)
@@ -626,8 +626,8 @@ def _told(
     mode: Mode | None,
     reasons: Mapping[str, Any],
     path: Path,
-) -> tuple[list[Told], list[Omission]]:
-    version, told, omitted = _version(eval_type, metrics, mode), list[Told](), list[Omission]()
+) -> tuple[list[Imported], list[Omission]]:
+    version, told, omitted = _version(eval_type, metrics, mode), list[Imported](), list[Omission]()
     for category, key, value in _numbers(metrics):
         metric = _called(eval_type, key, version, mode)
         if metric in {one.metric for one in told}:
@@ -639,7 +639,7 @@ def _told(
         unit = "sequence" if eval_type == "core" else "dataset"
         n = _n(metrics, category) if eval_type == "core" else 0
         doc = _doc(eval_type, key, metric, mode)
-        told.append(Told(metric, _best(eval_type, key), unit, doc, float(value), n))
+        told.append(Imported(metric, _best(eval_type, key), unit, doc, float(value), n))
     if not told:
         raise UserError(f"{path} has no number that was measured")
     return told, omitted

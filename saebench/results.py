@@ -35,7 +35,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RUN_FILE = re.compile(r"runs/[A-Za-z0-9][A-Za-z0-9._-]*\.json")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
-_SCORE_KEYS = (  # of a score in a run file
+SCORE_KEYS = (  # of a score in a run file
     "metric",
     "best",
     "unit",
@@ -99,7 +99,7 @@ class ScoreRow(NamedTuple):
     """The value of an SAE that is worth nothing and that of a perfect one, where there are such."""
 
 
-class Told(NamedTuple):
+class Imported(NamedTuple):
     """One metric as another tool measured it: a number without units."""
 
     metric: str
@@ -213,10 +213,10 @@ def write_skip(folder: Path, spec: Spec, reason: str, provenance: Mapping[str, A
     return path
 
 
-def write_told(
+def write_imported(
     folder: Path,
     spec: Spec,
-    told: Sequence[Told],
+    told: Sequence[Imported],
     omitted: Sequence[Omission],
     provenance: Mapping[str, Any],
 ) -> Path:
@@ -496,7 +496,7 @@ def _score(row: ScoreRow, value: float, ends: stats.Interval | None) -> dict[str
     }
 
 
-def _told(given: Told) -> dict[str, Any]:
+def _told(given: Imported) -> dict[str, Any]:
     if not math.isfinite(given.value):
         raise ValueError(f"{given.metric}: the value must be finite, got {given.value}")
     nothing = dict.fromkeys(("ci_low", "ci_high", "reference", "ends"))
@@ -642,7 +642,7 @@ def _run_rows(path: Path, name: str, saes: Mapping[str, Any]) -> _RunRows:
         return _RunRows([], [asked | {"reason": run["skipped"]}], [])
     _need(run, path, "scores")
     for score in run["scores"]:
-        _need(score, path, *_SCORE_KEYS)
+        _need(score, path, *SCORE_KEYS)
     entry = dict(saes[sae])
     about = asked | entry | {"target_l0": entry["l0"], "version": spec["eval"]["version"]}
     scores = [about | score | _ends(score) for score in run["scores"]]

@@ -24,20 +24,7 @@ _MOST_ROWS = 2**24
 _MOST_UNPACKED = 2**30
 _METRIC = re.compile(r"[a-z0-9_]{1,80}")
 _SPEC_KEYS = {"sae", "site", "model", "text", "eval"}
-_SCORE_KEYS = {
-    "metric",
-    "best",
-    "unit",
-    "statistic",
-    "value",
-    "ci_low",
-    "ci_high",
-    "n",
-    "n_units",
-    "reference",
-    "ends",
-    "doc",
-}
+_SCORE_KEYS = {*results.SCORE_KEYS, "ends"}
 _SHARE, _COSINE, _ANY_LOSS = (0.0, 1.0), (-1.0, 1.0), (0.0, math.inf)
 _RANGES = {  # what a value can be at all; of a unit too
     "explained_variance": (-math.inf, 1.0),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saebench import peer_json
 from saebench.peer_json import Foreign
-from saebench.results import Entry, Told
+from saebench.results import Entry, Imported
 
 FOLDER = Path(__file__).parent.parent / "results" / "reference"
 SOURCE = (
@@ -50,9 +50,9 @@ def _row(row: dict[str, str]) -> Foreign:
     )
 
 
-def _told(metric: str, best: peer_json.Best, value: float) -> Told:
+def _told(metric: str, best: peer_json.Best, value: float) -> Imported:
     doc = f"{THEIRS[metric]} of sae_bench's core"
-    return Told(metric, best, "sequence", doc, value, TOKENS[metric])
+    return Imported(metric, best, "sequence", doc, value, TOKENS[metric])
 
 
 def main() -> None:
