@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 from types import TracebackType
 
 from rich.console import Console
@@ -24,7 +25,7 @@ class Meter:
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task(
-                self.what, total=self.total, completed=self.done, rate=""
+                printable(self.what), total=self.total, completed=self.done, rate=""
             )
         return self
 
@@ -64,13 +65,31 @@ class Meter:
 
 def say(line: str) -> None:
     """One plain line on the error stream, never folded or coloured."""
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """What a terminal shows as it is: names that strangers chose may hold codes that move its cursor or rewrite it.
+
+    Line breaks and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _is_shown(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_shown(character: str) -> bool:
+    if character in "\n\t":
+        return True
+    # Cc, Cf, Cs, Co, Cn: controls, formats such as right-to-left, half characters; Zl, Zp: other line breaks.
+    category = unicodedata.category(character)
+    return not category.startswith("C") and category not in ("Zl", "Zp")
 
 
 def _bar() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}% {task.fields[rate]}"),
         TimeRemainingColumn(),

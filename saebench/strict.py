@@ -15,6 +15,8 @@ DEEPEST = 20
 _MOST_VALUES = 200_000
 _MOST_DIGITS = 20
 _LONGEST_YAML_NUMBER = 80
+_MOST_YAML_VALUES = 25_000
+"""Keys are values here."""
 _LARGEST = 2**63
 _DEEPEST_YAML = 100
 """Where parsing stops. What may be that deep is less."""
@@ -55,8 +57,10 @@ def _yaml_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
 
 
 class Bounded(yaml.SafeLoader):
-    """Stops where brackets are open beyond measure, at tags, and at numbers beyond 64 bits. A date is text."""
+    """Stops where brackets are open beyond measure, at tags, at numbers beyond 64 bits, and after very many values. A
+    date is text."""
 
+    n_values = 0
     yaml_constructors = yaml.SafeLoader.yaml_constructors | {
         "tag:yaml.org,2002:int": _yaml_whole,
         "tag:yaml.org,2002:timestamp": _yaml_text,
@@ -76,6 +80,9 @@ class Bounded(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
+        self.n_values += 1
+        if self.n_values > _MOST_YAML_VALUES:
+            raise _yaml_error(f"more than {_MOST_YAML_VALUES:,} values", event)
         if getattr(event, "tag", None) is not None:
             raise _yaml_error(f"the tag {event.tag!r} is no plain value", event)
         return super().compose_node(parent, index)

@@ -597,7 +597,7 @@ def _fill(build: Any, fields: Any, what: str, *where: str) -> Any:
         if name not in known:
             raise _Wrong(f"{what} has no parameter {_nearest(str(name), known)}", *where, str(name))
     try:
-        filled = _explained(partial(TypeAdapter(build).validate_python, fields))
+        filled = _explained(partial(_adapter(build).validate_python, fields))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "parameters"
@@ -612,6 +612,12 @@ def _fill(build: Any, fields: Any, what: str, *where: str) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             raise _Wrong(f"{what}: {name} is {value}; expected a finite number", *where, name)
     return filled
+
+
+@cache
+def _adapter(build: Any) -> Any:
+    """Made once: it takes longer than what it checks, and sweeps ask for it again and again."""
+    return TypeAdapter(build)
 
 
 def _nearest(name: str, choices: list[str]) -> str:

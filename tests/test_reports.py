@@ -303,7 +303,7 @@ def test_hostile_text_stays_text(toy, tmp_path):
     scores["variant"] = hostile
     Leaderboard()(toy._replace(scores=scores, model=hostile), tmp_path)
     markdown = (tmp_path / "leaderboard.md").read_text()
-    assert r"a\|b\*\_&lt;i&gt;\\&amp;%$#{}~^" in markdown
+    assert r"a\|b\*\_&lt;i&gt;\\&amp;%\$#{}\~^" in markdown
     latex = (tmp_path / "leaderboard.tex").read_text()
     assert (
         r"a|b*\_\textless{}i\textgreater{}\textbackslash{}\&\%\$\#\{\}"

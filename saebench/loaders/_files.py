@@ -7,11 +7,13 @@ to is added up before anything is unpacked. What needs unpickling is read only w
 then by `torch.load(weights_only=True)`, without a second try.
 """
 
+import copy
 import math
 import os
 import pickle
 import stat
 import struct
+import tokenize
 import unicodedata
 import warnings
 import zipfile
@@ -102,6 +104,7 @@ class Source:
                 f"{path} holds {total / _GIB:.2f} GiB; --max-size allows {limits.max_bytes / _GIB:.2f}"
             )
         self._headers: dict[str, Mapping[str, _Entry]] = {}
+        self._read: dict[str, dict[str, Any] | str] = {}
 
     @property
     def names(self) -> list[str]:
@@ -158,6 +161,18 @@ class Source:
             return _pickled(file, where, self.limits.max_bytes)
 
     def _parsed(self, name: str, parse: Callable[[str], Any], most: int) -> dict[str, Any]:
+        """Once: every loader that is asked whether a checkpoint is its own looks into the same few files."""
+        if name not in self._read:
+            try:
+                self._read[name] = self._parsed_once(name, parse, most)
+            except UserError as error:
+                self._read[name] = str(error)
+        found = self._read[name]
+        if isinstance(found, str):
+            raise UserError(found)
+        return copy.deepcopy(found)
+
+    def _parsed_once(self, name: str, parse: Callable[[str], Any], most: int) -> dict[str, Any]:
         where = self._shown(name)
         with self._opened(name) as file:
             text = file.read(most + 1)
@@ -165,9 +180,11 @@ class Source:
             raise UserError(f"{where} has more than {most:,} bytes; a configuration is shorter")
         try:
             found = parse(text.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            raise UserError(f"{where} is nested too deeply") from None
+        except ValueError as error:
             first = str(error).partition("\n")[0]
-            raise UserError(f"{where} cannot be read: {first or 'nested too deeply'}") from None
+            raise UserError(f"{where} cannot be read: {first}") from None
         if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
             raise UserError(f"{where} holds {type(found).__name__}; expected named values")
         strict.check_depth(found, where)
@@ -251,21 +268,22 @@ def _files_below(root: Path) -> dict[str, Path]:
     seen = 0
     while folders:
         folder, depth = folders.pop()
-        for entry in os.scandir(folder):
-            seen += 1
-            if seen > _MOST_FILES:
-                raise UserError(
-                    f"{root} has more than {_MOST_FILES:,} files; expected one checkpoint"
-                )
-            if entry.name.startswith("."):
-                continue
-            path = folder / entry.name
-            if _is_folder(entry, path):
-                folders.append((path, depth + 1))
-            else:
-                found[path.relative_to(root).as_posix()] = path
         if depth > _DEEPEST_FOLDER:
             raise UserError(f"{root} has folders more than {_DEEPEST_FOLDER} deep")
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                seen += 1
+                if seen > _MOST_FILES:
+                    raise UserError(
+                        f"{root} has more than {_MOST_FILES:,} files; expected one checkpoint"
+                    )
+                if entry.name.startswith("."):
+                    continue
+                path = folder / entry.name
+                if _is_folder(entry, path):
+                    folders.append((path, depth + 1))
+                else:
+                    found[path.relative_to(root).as_posix()] = path
     _check_distinct(root, found)
     return found
 
@@ -454,6 +472,7 @@ def _arrays(file: BinaryIO, where: str, most: int) -> dict[str, Tensor]:
             except (
                 *(ValueError, TypeError, EOFError, SyntaxError, RecursionError, MemoryError),
                 *(zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, OverflowError),
+                tokenize.TokenError,
             ) as error:
                 first = str(error).partition("\n")[0]
                 raise UserError(

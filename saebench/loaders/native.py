@@ -5,9 +5,9 @@ it predicts (the same, but for transcoders), the SHA-256 of the weights file, an
 revision of which model, among others. The weights take raw activations.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import final
+from typing import Any, final
 
 from saebench.loaders._files import Source
 from saebench.loaders._loader import Loader, Member, Told, needless, the_site
@@ -25,5 +25,13 @@ class Native(Loader):
         record = native_record(source)
         site = the_site(told.site, site_of(record, "site", source), where)
         target = the_site(told.predicts, site_of(record, "target", source), where, "predicts")
-        model = record.get("training", {}).get("model", {}).get("id")
+        model = _model(record)
         return [Member(site, target, model, partial(native_sae, source, record))]
+
+
+def _model(record: Mapping[str, Any]) -> str | None:
+    """As the trainer writes it, for people to read."""
+    found: Any = record
+    for name in ("training", "model", "id"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, str) else None

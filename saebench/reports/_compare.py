@@ -100,8 +100,8 @@ def text(compared: Compared) -> str:
     screen.grid(head, [Line(_cells(row), dim=False) for row in rows], left=1)
     screen.line("\n".join(f"{row.label}: {row.verdict}." for row in rows))
     reading = [
-        "A - B: with its 95 % interval. p: Holm-adjusted over these metrics. detectable: a true difference of that "
-        "size is found 80 % of the time. win/tie/loss: on how many units A is better, as good, worse. Units: "
+        "A - B: with its 95 % interval, which is not adjusted. p: Holm-adjusted over these metrics. detectable: a true "
+        "difference of that size is found 80 % of the time. win/tie/loss: on how many units A is better, as good, worse. Units: "
         + _about_units(rows)
         + "."
     ]
@@ -316,7 +316,7 @@ def _verdict(row: Row, a: str, b: str) -> str:
         few = ""
         if row.counts is not None and row.n_sources <= _FEW_FLIPS:
             few = f"; {row.n_sources} {_resampled(row)} are too few to tell any difference"
-        return untold(difference) + few
+        return untold(difference, row.p) + few
     if row.best is None:
         return f"higher for {a if difference.value > 0 else b} {by(difference)}"
     return f"{a if _a_is_better(row) else b} is better {by(difference)}"
@@ -344,10 +344,12 @@ def by(difference: Difference) -> str:
     return f"by {shown_value} (95 % interval {first} to {last})"
 
 
-def untold(difference: Difference) -> str:
+def untold(difference: Difference, p: float) -> str:
+    """`p`: adjusted, which the interval is not: it may leave out 0 all the same, and then p says why."""
     value, low, high = spelled(*difference[:3])
+    why = f", but p is {p:.3g} when adjusted" if difference.low > 0 or difference.high < 0 else ""
     return (
-        f"cannot be told apart (A - B is {value}, 95 % interval {low} to {high}); differences below "
+        f"cannot be told apart (A - B is {value}, 95 % interval {low} to {high}{why}); differences below "
         f"{difference.detectable:.2g} could not have been seen"
     )
 

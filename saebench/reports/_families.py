@@ -89,7 +89,7 @@ def text(families: Families) -> str:
         screen.line("\n".join(f"{row.label} {row.verdict}." for row in here))
     screen.line(
         "\nA and B: the mean of the metric over ln L0, over the range of L0 that both have. A - B: with its 95 % "
-        "interval, from resampled units. p: Holm-adjusted over these rows. Hypervolume: the share of the box from L0 1 "
+        "interval, from resampled units and not adjusted. p: Holm-adjusted over these rows. Hypervolume: the share of the box from L0 1 "
         "to 1,000 and from worst to ideal that a family is at least as good as; it grows with the number of SAEs. "
         "Seeds of one asked-for L0 count as one SAE."
     )
@@ -239,7 +239,7 @@ def _volumes(
 def _verdict(row: Row, a: str, b: str) -> str:
     found = row.comparison
     if row.p >= 1 - stats.LEVEL:
-        verdict = untold(found.difference)
+        verdict = untold(found.difference, row.p)
     else:
         a_is_better = (found.difference.value > 0) == (row.best == "max")
         verdict = f"{a if a_is_better else b} is better {by(found.difference)}"

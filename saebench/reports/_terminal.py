@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, final
 
+from saebench.progress import printable
+
 
 class Written(NamedTuple):
     """The text of a cell."""
@@ -33,7 +35,7 @@ class Screen:
         )
 
     def line(self, text: str, style: str = "") -> None:
-        self._console.print(text, markup=False, style=style)
+        self._console.print(printable(text), markup=False, style=style)
 
     def grid(self, head: Sequence[str], lines: Sequence[Line], left: int) -> None:
         """A table whose first columns are flush left, the others flush right; the first is never broken."""
@@ -51,7 +53,9 @@ class Screen:
                 table.add_column(Text(label), justify="right")
         for line in lines:
             cells = map(_written, line.cells)
-            shown = [Text(_unbroken(c.text), style="bold" if c.bold else "") for c in cells]
+            shown = [
+                Text(_unbroken(printable(c.text)), style="bold" if c.bold else "") for c in cells
+            ]
             table.add_row(*shown, style="dim" if line.dim else "")
         self._console.print(table)
 
