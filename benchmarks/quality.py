@@ -118,19 +118,21 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _swept(asked: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each of our variants."""
+    """The learning rate of each of our variants, of those that reach the L0 they were asked for."""
     entries = [
         {"variant": v, "width": asked.width, "l0": MIDDLE, "seed": asked.seeds[0], "lr": asked.lrs}
         for v in asked.variants
     ]
     scores = _run(asked, "quality-sweep", entries).scores
     chosen = scores[scores["metric"] == "explained_variance"].set_index("sae")["value"]
+    l0 = scores[scores["metric"] == "l0"].set_index("sae")["value"]
     best = {}
     for variant in asked.variants:
         names = {
             f"{variant}-w{asked.width}-l{MIDDLE}-s{asked.seeds[0]}-lr{lr:g}": lr for lr in asked.lrs
         }
-        best[variant] = names[max(names, key=lambda name: chosen[name])]
+        reached = [name for name in names if abs(math.log(l0[name] / MIDDLE)) <= math.log1p(REACH)]
+        best[variant] = names[max(reached, key=lambda name: chosen[name])]
     return best
 
 

@@ -8,8 +8,9 @@ The archive is a plain zip: nothing is compressed, members follow each other wit
 rest in order, all of one date. The same submission gives the same bytes.
 
 A bundle is a stranger's file, and `inspect` believes nothing of it. Sizes and names are looked at before any content is
-read, checksums before any content is parsed. Every value and interval is recomputed from the units. All that is wrong
-is listed, as far as it can be told without trusting what is known to be wrong.
+read, checksums before any content is parsed. Every value and interval is recomputed from the units, and units that
+follow from one another have to agree. All that is wrong is listed, as far as it can be told without trusting what is
+known to be wrong.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ import re
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saebench import __version__, results, submitted
+from saebench import __version__, relations, results, submitted
 from saebench.errors import UserError
+from saebench.relations import Counted
 from saebench.results import Entry
 from saebench.scrutiny import (
     LONGEST_NAME,
@@ -116,12 +118,14 @@ def inspect(path: Path) -> Inspection:
     return _inspected(path.read_bytes())
 
 
-def adopt(path: Path, folder: Path) -> str:
+def adopt(path: Path, folder: Path, replace: bool) -> str:
     """Puts the runs of a bundle into the results of its suite, and gives the name. Raises `UserError`.
 
-    What was adopted before is left alone. Nothing is run: `verification` is what says whether to trust it.
+    What was adopted before is left alone: other numbers under its name are refused, or with `replace` take its place,
+    and it becomes history. Nothing is run: `verification` is what says whether to trust a bundle.
     """
     found = read(path)
+    submitted.check_name(found.name)
     ours = results.definition(folder)
     differing = [part for part in DECISIVE if found.definition.get(part) != ours.get(part)]
     if differing:
@@ -136,25 +140,48 @@ def adopt(path: Path, folder: Path) -> str:
     with results.lock(folder):
         records, entries = submitted.read(folder), results.entries(folder)
         there = records.get(found.name)
-        if there is not None and there.checksum != found.checksum:
-            raise UserError(
-                f"{folder} has a submission {found.name} of other weights; ask for another name"
-            )
         if there is None and found.name in entries:
             raise UserError(
                 f"{folder} has an SAE {found.name} of the suite's own; ask for another name"
             )
         members, _ = _members(path.read_bytes())
-        for file in sorted(members):
-            if file != MANIFEST:
-                results.write_bytes_whole(folder / file, members[file])
         given = found.submission
         entry = Entry(**given["entry"])
         mine = Submission(**given | {"entry": entry, "runs": tuple(given["runs"])})
+        contents = {file: data for file, data in members.items() if file != MANIFEST}
+        if not replace and (difference := _overwritten(folder, there, mine, contents)):
+            raise UserError(
+                f"{folder} has a submission {found.name} {difference}. Nothing was changed: ask for another name, or "
+                "adopt it with --replace, which keeps what is there as history"
+            )
+        if there is not None and _overwritten(folder, there, mine, contents):
+            submitted.keep_history(folder, found.name, there)
+        for file in sorted(contents):
+            results.write_bytes_whole(folder / file, contents[file])
         submitted.write(folder, records | {found.name: mine})
-        runs = list(dict.fromkeys([*results.runs(folder), *mine.runs]))
+        gone = set(() if there is None else there.runs) - set(mine.runs)
+        kept = [run for run in results.runs(folder) if run not in gone]
+        runs = list(dict.fromkeys([*kept, *mine.runs]))
         results.write_manifest(folder, found.suite, ours, entries | {found.name: entry}, runs)
+        submitted.drop_replaced(folder, found.name, mine.runs)
     return found.name
+
+
+def _overwritten(
+    folder: Path, there: Submission | None, mine: Submission, contents: Mapping[str, bytes]
+) -> str:
+    """In what a bundle differs from what a folder has under its name; empty where nothing is lost."""
+    if there is not None and there.checksum != mine.checksum:
+        return "of other weights"
+    for file, data in sorted(contents.items()):
+        if (folder / file).is_file() and (folder / file).read_bytes() != data:
+            return f"with another content of {file}"
+    if there is not None and there != mine:
+        differing = [
+            part for part in Submission._fields if getattr(there, part) != getattr(mine, part)
+        ]
+        return f"with another {', '.join(differing)}"
+    return ""
 
 
 def _other_text(found: Bundle, folder: Path) -> str | None:
@@ -471,6 +498,18 @@ def _together(
         yield "it has two runs of one eval with the same parameters"
     if specs and specs[0]["model"] != manifest["suite"]["definition"].get("model"):
         yield "the model of its runs is not that of its suite"
+    yield from _unrelated(runs.values(), manifest["submission"]["entry"]["width"])
+
+
+def _unrelated(runs: Iterable[Run], width: int) -> Iterator[str]:
+    numbers, problems = relations.collected(_numbers(run) for run in runs)
+    yield from problems
+    yield from relations.broken(numbers, width)
+
+
+def _numbers(run: Run) -> dict[str, Counted]:
+    n = {score["metric"]: score["n"] for score in run.content.get("scores", ())}
+    return {metric: Counted(units, n.get(metric, 0)) for metric, units in run.units.items()}
 
 
 def _wrong_list(listed: Sequence[str], members: Mapping[str, bytes]) -> Iterator[str]:

@@ -170,10 +170,9 @@ def submit(  # noqa: PLR0913  (the options of the command)
     if bundle is not None and bundle.suffix != ".zip":
         raise UserError(f"--bundle is {bundle}; expected a file whose name ends in .zip")
     limits = _limits(max_size, allow_pickle_weights)
-    if isolate:
-        bounds = _bounds(isolate_memory, isolate_minutes, device)
-        folder = results / _load_suite(_suite_path(suite)).name
-        raise typer.Exit(_isolated(checkpoint, (limits, cache), bounds, folder))
+    from saebench import submitted
+
+    submitted.check_name(name)  # before torch is imported
     path = _suite_path(suite)
     loaded = _load_suite(path)
     from saebench import runner, submission
@@ -187,6 +186,11 @@ def submit(  # noqa: PLR0913  (the options of the command)
         k=k,
         norm=norm,
     )
+    if isolate:
+        bounds = _bounds(isolate_memory, isolate_minutes, device)
+        folder = results / loaded.name
+        submission.check_early(loaded, folder, name)  # before anything is downloaded
+        raise typer.Exit(_isolated(checkpoint, (limits, cache), bounds, folder))
     options = runner.Options(results, checkpoints, cache, _device(device), None, False, limits)
     prepared = submission.prepare(loaded, path, options, given, dry=dry_run)
     _print("\n".join(prepared.check.lines()))
@@ -219,11 +223,14 @@ def bundle_(
 def adopt(
     bundle: Annotated[Path, typer.Argument(help="a .zip file that has been verified")],
     results: ResultsFolder,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="keep what is there under its name as history")
+    ] = False,
 ) -> None:
     """Put a submission that somebody handed in into the results of its suite."""
     from saebench.bundle import adopt
 
-    name = adopt(bundle, results)
+    name = adopt(bundle, results, replace)
     _print(f"{name} is in {results}; saebench report {results} --format md,csv,tex shows it")
 
 
@@ -241,7 +248,10 @@ def verify(  # noqa: PLR0913  (the options of the command)
     predicts: PredictsOption = None,
     k: KOption = None,
     norm: NormOption = None,
-    sample: Annotated[int, typer.Option(help="sequences to score again", min=1)] = 64,
+    sample: Annotated[
+        int | None, typer.Option(help="sequences to score again; 64 where not given", min=1)
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="score every sequence again")] = False,
     seed: Annotated[
         int | None, typer.Option(help="of the sample; drawn anew where not given", min=0)
     ] = None,
@@ -259,6 +269,8 @@ def verify(  # noqa: PLR0913  (the options of the command)
     """Check a submission: its file alone, against its suite, against its checkpoint."""
     if checkpoint is not None and suite is None:
         raise UserError("--checkpoint scores on a suite; say on which with --suite")
+    if all_ and sample is not None:
+        raise UserError(f"--all is every sequence, and --sample {sample} some; give one of the two")
     import secrets
 
     from saebench import runner, submission, verification
@@ -281,7 +293,8 @@ def verify(  # noqa: PLR0913  (the options of the command)
         options = runner.Options(nowhere, nowhere, cache, _device(device), None, False, limits)
         place = verification.Place(_load_suite(path), path, options)
     drawn = secrets.randbelow(2**32) if seed is None else seed
-    sampling = verification.Sampling(sample, drawn, tolerance, texts)
+    sequences = None if all_ else sample or verification.SEQUENCES
+    sampling = verification.Sampling(sequences, drawn, tolerance, texts)
     found = verification.verify(bundle, place, given, sampling)
     _print(found.text)
     if found.problems:
@@ -455,6 +468,9 @@ def import_(
 @app.command()
 def check(  # noqa: PLR0913  (the options of the command)
     what: Annotated[Path, typer.Argument(help="a suite file, or the folder of a checkpoint")],
+    results: Annotated[Path, typer.Option(help="where those of a suite are")] = Path("results"),
+    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs are")] = Path("checkpoints"),
+    cache: CacheOption = Path("cache"),
     device: DeviceOption = "auto",
     format: Format = None,
     site: SiteOption = None,
@@ -474,9 +490,7 @@ def check(  # noqa: PLR0913  (the options of the command)
     loaded = _load_suite(path)
     from saebench import planner, runner
 
-    options = runner.Options(
-        Path("results"), Path("checkpoints"), Path("cache"), _device(device), None, False
-    )
+    options = runner.Options(results, checkpoints, cache, _device(device), None, False)
     _print("\n".join(planner.plan(loaded, path, options)))
 
 
@@ -645,6 +659,7 @@ def _print(text: str) -> None:
     parts = _STYLE.split(text) if sys.stdout.isatty() else [text]
     shown = [part if _STYLE.fullmatch(part) else printable(part) for part in parts]
     sys.stdout.write("".join(shown) + "\n")
+    sys.stdout.flush()  # in its place among the lines of progress where both go to one file
 
 
 class _Printable(logging.Formatter):

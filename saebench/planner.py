@@ -213,7 +213,9 @@ def _open(suite: Suite, suite_file: Path, options: Options) -> Work:
     if suite.text.dataset is not None:
         return _unread(suite, suite_file, writes_nothing, options)
     bench = Workbench(suite, suite_file, writes_nothing)
-    runner.check_chosen(options.only, bench.names())
+    names = bench.names()
+    runner.check_submissions(suite, bench.folder, names)
+    runner.check_chosen(options.only, names)
     runs, controls = bench.train_runs(), bench.controls()
     candidates = bench.candidates()
     to_do = {
@@ -248,7 +250,9 @@ def _unread(suite: Suite, suite_file: Path, writes_nothing: Options, options: Op
     runs = [_run(suite, lm, sae) for sae in suite.trained()]
     controls = runner.planned_controls(suite, loaded, runs)
     scored = _all_scored(suite, lm, runs, controls)
-    runner.check_chosen(options.only, [*(r.sae.name for r in runs), *(s.name for s in scored)])
+    names = [*(r.sae.name for r in runs), *(s.name for s in scored)]
+    runner.check_submissions(suite, options.results / suite.name, names)
+    runner.check_chosen(options.only, names)
     return _work(
         suite,
         options,

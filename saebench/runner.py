@@ -414,7 +414,9 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
     results.make_folder(options.checkpoints)
     with results.lock(bench.folder):
         # What is wrong with checkpoints, controls and labelled texts shows before hours of training.
-        check_chosen(options.only, bench.names())
+        names = bench.names()
+        check_submissions(suite, bench.folder, names)
+        check_chosen(options.only, names)
         bench.candidates()
         for eval_ in suite.evals:
             if isinstance(eval_.value, TextEval):
@@ -816,6 +818,26 @@ def check_chosen(only: str | None, names: Sequence[str]) -> None:
         )
 
 
+def check_submissions(suite: Suite, folder: Path, names: Sequence[str]) -> None:
+    """Raises `UserError` where an SAE of the suite is called as what was submitted to it before.
+
+    Names that differ in case alone are the same to some file systems.
+    """
+    own = {name.lower(): name for name in names}
+    for name in submitted.read(folder):
+        mine = own.get(name.lower())
+        if mine is None:
+            continue
+        also = "" if mine == name else f" but for its case ({name})"
+        given = any(checkpoint.name == mine for checkpoint in suite.checkpoints())
+        rename = "give the checkpoint in the suite file another name, or " if given else ""
+        raise UserError(
+            f"an SAE of the suite {suite.name} is called {mine}, and that is the name of an earlier submission{also}. "
+            f"Nothing was done, and nothing is lost. To go on, {rename}delete the record of {name} in "
+            f"{folder / submitted.FILE}, run the suite, and submit its checkpoint again under another --name"
+        )
+
+
 def _to_do(bench: Workbench, run_: EvalRun) -> bool:
     wanted = chosen(run_.candidate.name, bench.options.only)
     return wanted and not results.done(bench.folder, run_.spec)
@@ -828,11 +850,8 @@ def _write_manifest(bench: Workbench, runs: Sequence[EvalRun]) -> None:
 
 def write_manifest(bench: Workbench, saes: Mapping[str, Entry], runs: Sequence[str]) -> None:
     """Of the suite's own SAEs, and of what was submitted to it."""
-    entries, files, own = dict(saes), list(runs), bench.names()
+    entries, files = dict(saes), list(runs)
     for name, submission in submitted.read(bench.folder).items():
-        if name in own:
-            say(f"the suite has an SAE called {name} now: the submission of that name is left out")
-            continue
         asked = [run_name(bench, r) for r in bench.eval_runs([as_candidate(name, submission)])]
         there = [file for file in asked if file in submission.runs]
         if len(there) < len(asked):

@@ -47,7 +47,18 @@ _RANGES = {  # what a value can be at all; of a unit too
     "encoder_decoder_cosine_weighted": _COSINE,
 }
 _PROBE_RANGES = (("probe_auc_gain_", _COSINE), ("probe_auc_", _SHARE), ("probe_accuracy_", _SHARE))
-_PER_TOKEN = ("l0", "mse", "cosine", "top1_agreement", "kl_divergence", "ce_loss_increase")
+_PER_TOKEN = (
+    "l0",
+    "mse",
+    "cosine",
+    "top1_agreement",
+    "kl_divergence",
+    "ce_loss_increase",
+    "ce_loss_clean",
+    "ce_loss_sae",
+    "ce_loss_zero",
+    "ce_loss_mean",
+)
 """Means over tokens, whose denominators are counts."""
 _ROUNDING = 1e-6
 _SAME_VALUE = 1e-9

@@ -5,7 +5,10 @@ explained variance = 1 - sum|t - t_hat|^2 / sum|t - mean(t)|^2      t = activati
 over all tokens. Where it is not above 0 the likely causes are tried, and those that explain something are named:
 another place of the model (the tokens are read once at all of them), activations scaled to a mean length of sqrt(d),
 activations centred token by token (TransformerLens centres what it writes to the residual stream), and the first
-token of each sequence left out (its activation can be hundreds of times as long as the others').
+token of each sequence left out (its activation can be hundreds of times as long as the others'). Last, predictions
+that only are too long, or away by a constant:
+
+t_hat' = mean(t) + a (t_hat - mean(t_hat))      a = sum <t, t_hat - mean(t_hat)> / sum |t_hat - mean(t_hat)|^2
 """
 
 import math
@@ -29,6 +32,8 @@ N_TOKENS = 4_096
 _WORTH_SAYING = 0.05
 """Explained variance below which another place or treatment is no explanation."""
 _MOST_SAID = 3
+_SAME_LENGTH = 1.1
+"""Factor of lengths below which their difference explains nothing."""
 _DENSE = 0.5
 """Share of active latents above which a code is hardly sparse."""
 
@@ -127,7 +132,8 @@ class SelfCheck(NamedTuple):
         if not self.causes:
             return (
                 "; nor does it explain any at other places of the model that have its width, with scaled or centred "
-                "activations, or without the first token of each sequence. Is it of another model, or damaged?"
+                "activations, without the first token of each sequence, or with predictions made shorter or longer. Is "
+                "it of another model, or damaged?"
             )
         found = [f"{cause.explained_variance:.2g} {cause.what}" for cause in self.causes]
         return f", and {'; '.join(found)}: {self.causes[0].conclusion}"
@@ -164,6 +170,7 @@ def check(sae: SAE, place: Place, read: Read, others: Callable[[], Sequence[Plac
         if not found.finite or found.explained_variance > 0:
             return told
         causes = [*_treated(sae, tokens, place), *_elsewhere(sae, read, others())]
+        causes += _rescaled(t, predicted(sae, x, sae.encode_sparse(x)))
     causes = [cause for cause in causes if cause.explained_variance > _WORTH_SAYING]
     causes.sort(key=lambda cause: -cause.explained_variance)
     return told._replace(causes=tuple(causes[:_MOST_SAID]))
@@ -301,6 +308,35 @@ def _treated(sae: SAE, tokens: Tokens, place: Place) -> Iterator[Cause]:
         "a suite whose text does",
         _explained(sae, x[later], t[later]),
     )
+
+
+def _rescaled(t: Float[Tensor, "n d_out"], t_hat: Float[Tensor, "n d_out"]) -> list[Cause]:
+    """Predictions times one number about their mean. None where they hardly vary, or would have to be turned around."""
+    exact, guess = t.double(), t_hat.double()
+    guess = guess - guess.mean(0)
+    square, product = float(guess.square().sum()), float((exact * guess).sum())
+    if not (0 < square < math.inf and 0 < product < math.inf):
+        return []
+    factor = product / square
+    found = _of_sums([(exact, exact.mean(0) + factor * guess)])
+    if 1 / _SAME_LENGTH < factor < _SAME_LENGTH:
+        return [
+            Cause(
+                "with a constant added to its predictions",
+                "they are away by a constant; a bias of its decoder, or a mean that was taken off in training, seems "
+                "to be missing",
+                found,
+            )
+        ]
+    too = f"{1 / factor:.1f} times too large" if factor < 1 else f"{factor:.1f} times too small"
+    return [
+        Cause(
+            f"with its predictions times {factor:.2g} about their mean",
+            f"its predictions are {too}: times {factor:.2g} they explain {found:.2g}; likely a normalisation of its "
+            "training is not folded into its weights; give it with --norm, or fold it in",
+            found,
+        )
+    ]
 
 
 def _elsewhere(sae: SAE, read: Read, places: Sequence[Place]) -> Iterator[Cause]:

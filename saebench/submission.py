@@ -6,7 +6,7 @@ A stop in between leaves an earlier state of the tables, and the same command go
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from json import dumps, loads
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from saebench import results, runner, selfcheck, submitted
-from saebench.checkpoints import locate, open_checkpoint, where
+from saebench.checkpoints import Opened, locate, open_checkpoint, where
 from saebench.errors import UserError
 from saebench.loaders._files import Limits
 from saebench.loaders._loader import Told
@@ -55,13 +55,14 @@ class Submitted(NamedTuple):
 
 def checkpoint(**fields: Any) -> Checkpoint:
     """As a suite file would name it. Raises `UserError`."""
+    submitted.check_name(fields["name"])
     try:
         return Checkpoint(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         named = ".".join(map(str, first["loc"])) or "the checkpoint"
         said = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"--{named} is {first['input']!r}: {said}") from None
+        raise UserError(f"--{named} is {first['input']!r:.80}: {said}") from None
 
 
 def fetched(given: str, limits: Limits, cache: Path | None) -> str:
@@ -100,13 +101,33 @@ def prepare(
 
     `dry`: nothing is written, but for what has to be downloaded.
     """
+    check_early(suite, options.results / suite.name, given.name)
     told = Told(given.site, given.predicts, given.k, given.norm)
     opened = open_checkpoint(
         given.checkpoint, given.format, told, options.limits, options.cache, Path()
     )
+    opened = _weights_read(opened)
     bench = Workbench(suite, suite_file, options._replace(cache=None) if dry else options)
     candidate = bench.given(given, opened)
     return Prepared(bench, candidate, opened.format, checked(bench, candidate))
+
+
+def check_early(suite: Suite, folder: Path, name: str) -> None:
+    """A name, as far as that can be done before there is a model to plan controls for. Raises `UserError`."""
+    own = [*(sae.name for sae in suite.trained()), *(given.name for given in suite.checkpoints())]
+    _check_free(suite.name, own, submitted.read(folder), name)
+
+
+def _weights_read(opened: Opened) -> Opened:
+    """What is wrong with weights shows before a model is opened for them.
+
+    Those of a set of SAEs wait: which of them is meant shows by the sites that the model has.
+    """
+    if len(opened.members) > 1:
+        return opened
+    (member,) = opened.members
+    sae = member.load()
+    return opened._replace(members=[member._replace(load=lambda: sae)])
 
 
 def checked(bench: Workbench, candidate: Candidate) -> SelfCheck:
@@ -134,7 +155,9 @@ def keep(prepared: Prepared, *, replace: bool, force: bool) -> Submitted:
         record = submitted.read(bench.folder)
         if (known := known_as(bench, prepared.candidate, record)) is not None:
             other, what = known
-            told = f"these weights are {what} {other} already; nothing was scored"
+            told = f"these weights are there already: {what} {other}; nothing was scored"
+            if name in record:
+                told += f"; {name} keeps the weights that it has, and nothing was replaced"
             return Submitted(other, bench.folder, prepared.check, 0, told)
         earlier = record.get(name)
         if earlier is not None and earlier.checksum != prepared.candidate.checksum and not replace:
@@ -157,7 +180,7 @@ def known_as(
     """
     for name, submission in record.items():
         if name != candidate.name and submission.checksum == candidate.checksum:
-            return name, "an earlier submission,"
+            return name, "the earlier submission"
     if not _has_manifest(bench.folder):
         return None
     kinds = {name: entry.kind for name, entry in results.entries(bench.folder).items()}
@@ -191,16 +214,32 @@ def _file_checksum(sae: SAE) -> str | None:
 
 
 def _check_name(bench: Workbench, name: str) -> None:
-    if name in bench.names():
+    own = bench.names()
+    _check_free(bench.suite.name, own, submitted.read(bench.folder), name)
+    runner.check_submissions(bench.suite, bench.folder, own)
+
+
+def _check_free(
+    suite_name: str, own: Sequence[str], record: Mapping[str, Submission], name: str
+) -> None:
+    submitted.check_name(name)
+    if name in own:
         raise UserError(
-            f"{name} is the name of an SAE of the suite {bench.suite.name} itself; give another --name"
+            f"{name} is the name of an SAE of the suite {suite_name} itself; give another --name"
         )
+    for other in (*own, *record):
+        if other != name and other.lower() == name.lower():
+            raise UserError(
+                f"{name} differs from {other}, which is there already, in case alone, and some file systems take "
+                "the two for one; give another --name"
+            )
 
 
 def _check_allowed(check: SelfCheck, forced: bool) -> None:
     if check.refused is None or (forced and check.finite):
         return
-    known = ". If it is known to be that bad, --force scores it all the same"
+    stop = "" if check.refused.endswith("?") else "."
+    known = f"{stop} If it is known to be that bad, --force scores it all the same"
     way_out = known if check.finite else ""
     raise UserError(f"the self-check refuses this SAE: {check.refused}{way_out}")
 
@@ -347,7 +386,9 @@ def described(prepared: Prepared) -> list[str]:
     ]
     record = submitted.read(bench.folder)
     if (known := known_as(bench, candidate, record)) is not None:
-        return [*lines, f"these weights are {known[1]} {known[0]} already; nothing would be scored"]
+        other, what = known
+        told = f"these weights are there already: {what} {other}; nothing would be scored"
+        return [*lines, told]
     to_do = missing(prepared)
     evals = ", ".join(dict.fromkeys(run.eval_name for run in to_do))
     lines.append(f"would score {len(to_do)} runs: {evals}" if to_do else "nothing is missing")

@@ -1,13 +1,15 @@
 """What was submitted to a suite: the record beside its results, and the history of what was replaced.
 
 results/<suite>/submissions.json                     {name: {entry, checksum, format, origin, selfcheck, runs}}
-results/<suite>/history/<name>--<checksum12>/        a replaced submission: submission.json, runs/
+results/<suite>/history/<name>--<checksum12>/        a replaced submission: submission.json, runs/; one
+                                                     with other numbers of the same weights ends in -2, -3 ...
 
 The record is written whole, and read strictly: other people's results are merged with it.
 """
 
 import re
 from collections.abc import Mapping
+from itertools import count
 from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ from saebench.results import Entry
 
 FILE = "submissions.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DEVICES = {"con", "nul", "aux", "prn"} | {f"{d}{n}" for d in ("com", "lpt") for n in range(10)}
+"""No file of Windows can have these names, with whatever suffix."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -34,6 +38,25 @@ class Submission(NamedTuple):
     """What the self-check found, in numbers, and under `forced` why it would have refused it."""
     runs: tuple[str, ...]
     """Finished run files, as paths below the results folder."""
+
+
+def check_name(name: str) -> None:
+    """Raises `UserError` for what cannot name files on every system."""
+    shown = repr(name if len(name) <= 40 else f"{name[:40]}...")
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{shown} cannot be the name of a submission; expected 1 to 100 letters (A to Z), digits, dots, "
+            "underscores and hyphens, of which the first is a letter or a digit; give another --name"
+        )
+    if name.endswith("."):
+        raise UserError(
+            f"{shown} cannot be the name of a submission: it ends in a dot, which some file systems drop; "
+            "give another --name"
+        )
+    if name.partition(".")[0].lower() in _DEVICES:
+        raise UserError(
+            f"{shown} cannot be the name of a submission: Windows keeps it for a device; give another --name"
+        )
 
 
 def read(folder: Path) -> dict[str, Submission]:
@@ -60,13 +83,26 @@ def write(folder: Path, submissions: Mapping[str, Submission]) -> None:
 
 def keep_history(folder: Path, name: str, submission: Submission) -> Path:
     """Copies a submission that is to be replaced, with its run files. Its place is named by its checksum."""
-    place = folder / "history" / f"{name}--{submission.checksum[:12]}"
+    contents = {"submission.json": _json({name: _plain(submission)}).encode()}
     for run in submission.runs:
         for file in (folder / run, results.units_file(folder / run)):
             if file.is_file():
-                results.write_bytes_whole(place / "runs" / file.name, file.read_bytes())
-    results.write_text_whole(place / "submission.json", _json({name: _plain(submission)}))
+                contents[f"runs/{file.name}"] = file.read_bytes()
+    own = folder / "history" / f"{name}--{submission.checksum[:12]}"
+    places = (own if n == 1 else own.with_name(f"{own.name}-{n}") for n in count(1))
+    place = next(place for place in places if _fits(place, contents))
+    for file_name in reversed(contents):
+        results.write_bytes_whole(place / file_name, contents[file_name])
     return place
+
+
+def _fits(place: Path, contents: Mapping[str, bytes]) -> bool:
+    """Whether nothing else is kept there; a copy that a stop left unfinished may go on."""
+    return all(
+        path.is_file() and path.read_bytes() == contents.get(path.relative_to(place).as_posix())
+        for path in place.rglob("*")
+        if not path.is_dir()
+    )
 
 
 def drop_replaced(folder: Path, name: str, runs: tuple[str, ...]) -> None:
@@ -74,7 +110,8 @@ def drop_replaced(folder: Path, name: str, runs: tuple[str, ...]) -> None:
 
     Last, after nothing names them any more; what a stop leaves here is deleted by the next submission of the name.
     """
-    for copy in folder.glob(f"history/{name}--{'?' * 12}/runs/*"):
+    places = (f"history/{name}--{'?' * 12}{end}/runs/*" for end in ("", "-[2-9]*"))
+    for copy in (path for place in places for path in folder.glob(place)):
         run = folder / "runs" / copy.name
         named = f"runs/{copy.name.removesuffix('.units.parquet').removesuffix('.json')}.json"
         if run.is_file() and named not in runs and run.read_bytes() == copy.read_bytes():

@@ -4,9 +4,10 @@ Three stages, each of which needs more than the one before it:
 
 bundle       everything that `bundle.inspect` looks at; every eval and metric is one of the versions installed here
 suite        the definition, the model's revision, the evaluation text and the parameters of every eval are those of the
-             suite here; which sequences are units, how many tokens each has, and which document it is from
-checkpoint   its weights are those that were scored, and units of a random sample of sequences are the same when
-             scored again, as are units that follow from weights alone
+             suite here; which sequences are units, how many tokens each has, and which document it is from; in every
+             sequence, all that is the same for every SAE: its variance, squared length, and losses without an SAE
+checkpoint   its weights are those that were scored, and units of a random sample of sequences, or of all, are the same
+             when scored again, as are units that follow from weights alone
 
 Facts about the whole text are computed from the whole text, so that a sequence has the same units in a sample as in the
 full run. What depends on all sequences together (rates of latents, one global rescale) is not compared in a sample, and
@@ -15,17 +16,21 @@ is named among what was not checked.
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
-from saebench import bundle, registry
+from saebench import bundle, registry, relations
 from saebench.bundle import Bundle
 from saebench.checkpoints import where
 from saebench.errors import UserError
+from saebench.relations import Counted
 from saebench.results import Entry, Units
 from saebench.runner import (
     Candidate,
@@ -37,19 +42,23 @@ from saebench.runner import (
     public_definition,
     run_name,
 )
+from saebench.saes.linear import Linear
 from saebench.scrutiny import Run, shown
 from saebench.stats import Floats
 from saebench.submitted import Submission
 from saebench.suite import Checkpoint, Suite
 from saebench.types import (
     SAE,
+    Batch,
     Eval,
     Facts,
     Metric,
     Omitted,
+    Outcome,
     Score,
     Seen,
     Skip,
+    SparseCode,
     StreamEval,
     Tally,
     TextEval,
@@ -60,8 +69,35 @@ TOLERANCE = 1e-4
 SEQUENCES = 64
 """How many are scored again, at least."""
 
-_COUNTED = ("l0", "mse", "cosine", "top1_agreement", "kl_divergence", "ce_loss_increase")
+_COUNTED = (
+    "l0",
+    "mse",
+    "cosine",
+    "top1_agreement",
+    "kl_divergence",
+    "ce_loss_increase",
+    "ce_loss_clean",
+    "ce_loss_sae",
+    "ce_loss_zero",
+    "ce_loss_mean",
+)
 """Means over tokens, whose denominators are known without any SAE."""
+_OF_PERFECT = ("reconstruction", "fidelity", "shrinkage")
+"""Evals with sums over the text that are the same for every SAE."""
+_NEVER_SKIPPED = ("reconstruction", "fidelity")
+"""Whether these have a score is a matter of the text alone."""
+_WITHOUT_SAE = {
+    "explained_variance": ("den",),
+    "rescale_gain": ("den",),
+    "l2_ratio": ("den",),
+    "ce_loss_clean": ("num",),
+    "ce_loss_zero": ("num",),
+    "ce_loss_mean": ("num",),
+    "loss_recovered": ("den",),
+    "loss_recovered_mean": ("den",),
+}
+"""What of their units is the same for every SAE."""
+_CANCELLED = 1e-9
 _OF_WEIGHTS = (
     "max_decoder_cosine",
     "encoder_decoder_cosine",
@@ -87,7 +123,8 @@ class Place(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    sequences: int
+    sequences: int | None
+    """How many, at least; None for all of them."""
     seed: int
     tolerance: float
     texts: bool
@@ -125,12 +162,16 @@ def verify(
     if place is None:
         return Report(tuple(checked), ("the suite (--suite)", "the units themselves"), ())
     bench = Workbench(place.suite, place.file, place.options)
-    problems = tuple(_against_suite(found, bench))
+    problems = tuple(_against_suite(found, bench, sampling.tolerance))
     if problems:
         return Report(tuple(checked), ("the units themselves",), problems)
     checked.append(
         f"suite: definition, model, text and evals are those of {place.suite.name} here; units are its "
         f"{len(bench.tokens.evaluation):,} sequences, of the documents they are from"
+    )
+    checked.append(
+        "all sequences: what is the same for every SAE (tokens, variance and squared length of the activations, losses "
+        "of the model untouched and ablated, denominators)"
     )
     if checkpoint is None:
         return Report(tuple(checked), ("the units themselves (--checkpoint)",), ())
@@ -195,7 +236,7 @@ def _redefined(score: Mapping[str, Any], metric: Metric) -> str | None:
 # The suite
 
 
-def _against_suite(found: Bundle, bench: Workbench) -> Iterator[str]:
+def _against_suite(found: Bundle, bench: Workbench, tolerance: float) -> Iterator[str]:
     ours = json.loads(json.dumps(public_definition(bench)))
     for part in bundle.DECISIVE:
         for difference in _differing(found.definition.get(part), ours[part], part):
@@ -209,9 +250,12 @@ def _against_suite(found: Bundle, bench: Workbench) -> Iterator[str]:
         places = ", ".join(where(*place) for place in bench.places())
         yield f"it is an SAE at {shown(candidate.entry.site)}; the suite looks at {places}"
         return
-    yield from _wrong_runs(found, bench, candidate)
+    problems = list(_wrong_runs(found, bench, candidate))
     for file, run in found.runs.items():
-        yield from (f"{file}: {problem}" for problem in _wrong_units(run, bench))
+        problems += [f"{file}: {problem}" for problem in _wrong_units(run, bench)]
+    yield from problems
+    if not problems:
+        yield from _wrong_facts(found, bench, candidate, tolerance)
 
 
 def _submission(found: Bundle) -> Submission:
@@ -296,6 +340,91 @@ def _wrong_sequences(
         yield "its sequences are said to be from other documents than they are"
 
 
+def _wrong_facts(
+    found: Bundle, bench: Workbench, candidate: Candidate, tolerance: float
+) -> Iterator[str]:
+    """What is the same for every SAE, in all sequences: that of a perfect reconstruction is known without one."""
+    runs = [run for run in _runs(found, StreamEval) if run.eval_name in _OF_PERFECT]
+    ours = _of_perfect(runs, bench, candidate)
+    given = {metric: Counted(units, 0) for run in runs for metric, units in run.units.items()}
+    for run in runs:
+        if run.eval_name in _NEVER_SKIPPED:
+            yield from _left_out(run, ours)
+    for metric, parts in _WITHOUT_SAE.items():
+        for part in parts if {metric} <= set(given) & set(ours) else ():
+            units, known = given[metric].units, ours[metric]
+            pair = (getattr(units, part), getattr(known, part))
+            per_token = ours["ce_loss_clean"].den if metric.startswith("loss_recovered") else 0.0
+            yield from _unlike(
+                f"{part} of {metric}", units.ids, *pair, _NATS * per_token, tolerance
+            )
+    if {"mse", "shrinkage"} <= set(given) & set(ours):
+        error, products = given["mse"].units.num, given["shrinkage"].units
+        slack = _CANCELLED * (error + products.num + 2 * np.abs(products.den))
+        lengths = (relations.squared_length(given), ours["shrinkage"].num)
+        what = "squared length of the activations (from mse and shrinkage)"
+        yield from _unlike(what, products.ids, *lengths, slack, tolerance)
+
+
+def _of_perfect(runs: Sequence[Run], bench: Workbench, candidate: Candidate) -> dict[str, Score]:
+    """Scores of an SAE that gives everything back; the language model is not run for it."""
+    subject, site, target = bench.subject, candidate.site, candidate.target
+    facts = subject.facts(site, target)
+    stand_in = on_device(
+        Linear(subject.width(site), 1, subject.width(target)), bench.options.device
+    )
+    evals = [
+        eval_ for eval_ in (_eval(bench, run) for run in runs) if isinstance(eval_, StreamEval)
+    ]
+    tallies = [eval_.start(stand_in, facts) for eval_ in evals]
+    outcome = any(eval_.needs_outcome for eval_ in evals)
+    with torch.no_grad():
+        for batch in subject.evaluation(site, target) if tallies else ():
+            undisturbed = _undisturbed(batch) if outcome else None
+            seen = Seen(batch, _no_code(batch.x), batch.target, undisturbed)
+            for tally in tallies:
+                tally.update(seen)
+    found: dict[str, Score] = {}
+    for tally in tallies:
+        with suppress(Skip):  # then it has no unit, of this SAE or of another
+            found |= {score.metric: score for score in tally.scores() if isinstance(score, Score)}
+    return found
+
+
+def _undisturbed(batch: Batch) -> Outcome:
+    clean = batch.references().clean
+    return Outcome(clean, torch.zeros_like(clean), torch.ones_like(clean, dtype=torch.bool))
+
+
+def _no_code(x: Float[Tensor, "n d_in"]) -> SparseCode:
+    offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
+    return SparseCode(offsets[:0], x.new_zeros(0), offsets)
+
+
+def _left_out(run: Run, ours: Mapping[str, Score]) -> Iterator[str]:
+    for metric in registry.get("evals", run.eval_name).metrics:
+        if metric.name in ours and metric.name not in run.units:
+            yield f"{metric.name} is left out, and every SAE has it on this text"
+        elif metric.name in run.units and metric.name not in ours:
+            yield f"{metric.name} is there, and no SAE has it on this text"
+
+
+def _unlike(  # noqa: PLR0913  (two columns, and what counts as a difference)
+    what: str,
+    ids: NDArray[Any],
+    given: Floats,
+    ours: Floats,
+    slack: Floats | float,
+    tolerance: float,
+) -> Iterator[str]:
+    off = np.maximum(np.abs(given - ours) - slack, 0) / _size(ours)
+    wrong = np.flatnonzero(~(off <= tolerance))
+    for i in wrong[:_MOST_LISTED]:
+        yield f"{what}, sequence {shown(ids[i])}: given {given[i]:.8g}, and the text here gives {ours[i]:.8g}"
+    if len(wrong) > _MOST_LISTED:
+        yield f"{what}: {len(wrong) - _MOST_LISTED:,} other sequences differ too"
+
+
 # The checkpoint
 
 
@@ -358,7 +487,8 @@ def _stream_again(
     subject = bench.subject
     facts = subject.facts(candidate.site, candidate.target)
     sample = _batches(facts.n_sequences, subject.batch_rows, sampling)
-    whole = sum(sample.values()) == facts.n_sequences
+    n_scored = sum(sample.values())
+    whole = n_scored == facts.n_sequences
     tallied, unchecked, problems = _started(found, bench, sae, facts)
     outcome = any(one.eval.needs_outcome for one in tallied)
     for number, batch in enumerate(subject.evaluation(candidate.site, candidate.target)):
@@ -374,11 +504,23 @@ def _stream_again(
         compared += again.compared
         unchecked += again.unchecked
     problems += [problem for one in compared for problem in one.problems]
-    checked = (
-        f"{sum(sample.values()):,} of {facts.n_sequences:,} sequences (--seed {sampling.seed}): "
-        f"{_summary(compared)}"
-    )
+    if whole:
+        checked = f"all {n_scored:,} sequences: {_summary(compared)}"
+    else:
+        share = _percent(n_scored, facts.n_sequences)
+        checked = (
+            f"{n_scored:,} of {facts.n_sequences:,} sequences (--seed {sampling.seed}): one changed sequence is found "
+            f"with a chance of {share}; {_summary(compared)}"
+        )
+        unchecked.append(
+            f"what the SAE does in the other {facts.n_sequences - n_scored:,} sequences (--all)"
+        )
     return _Again((checked,), tuple(unchecked), tuple(problems))
+
+
+def _percent(part: int, whole: int) -> str:
+    """Never 100 % of less than all."""
+    return f"{100 * part // whole} %" if 100 * part >= whole else "less than 1 %"
 
 
 def _started(found: Bundle, bench: Workbench, sae: SAE, facts: Facts) -> _Started:
@@ -409,7 +551,7 @@ def _batches(n_sequences: int, rows: int, sampling: Sampling) -> dict[int, int]:
     n_batches = -(-n_sequences // rows)
     chosen: dict[int, int] = {}
     for number in np.random.default_rng(sampling.seed).permutation(n_batches).tolist():
-        if sum(chosen.values()) >= sampling.sequences:
+        if sampling.sequences is not None and sum(chosen.values()) >= sampling.sequences:
             break
         chosen[number] = min(rows, n_sequences - number * rows)
     return chosen
@@ -462,7 +604,7 @@ def _compared_run(
         elif metric.name in _OF_WEIGHTS:
             compared.append(_compared(metric, given, ours, tolerance, den=False))
         else:
-            unchecked.append(f"{metric.name}: it needs all sequences (--sample)")
+            unchecked.append(f"{metric.name}: it needs all sequences (--all)")
     return _RunAgain(compared, unchecked)
 
 

@@ -16,7 +16,7 @@ LAYERS = [  # a module imports only from layers above it in this list, or from i
     ["types", "registry", "stats", "progress", "kernels", "strict", "isolation"],
     ["ranks", "frontiers"],
     ["sites", "results", "cache", "text"],
-    ["suite", "sparse", "reports", "codelabels", "scrutiny", "submitted"],
+    ["suite", "sparse", "reports", "codelabels", "scrutiny", "submitted", "relations"],
     ["saes", "labelled", "logistic", "peer_json", "bundle", "wrapped"],
     ["subject", "loaders", "exports", "variants", "evals", "controls"],
     ["hub"],

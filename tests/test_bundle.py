@@ -73,7 +73,9 @@ def plain_rows() -> list[ScoreRow]:
     rng = np.random.default_rng(0)
     return [
         boards.row("l0", rng.integers(40, 60, 20), den=tokens, n=140, best=None),
-        boards.row("explained_variance", rng.uniform(0.7, 0.9, 20) * 3, den=np.full(20, 3.0)),
+        boards.row(
+            "explained_variance", rng.uniform(0.7, 0.9, 20) * 3, den=np.full(20, 3.0), n=140
+        ),
     ]
 
 
@@ -172,7 +174,7 @@ def suite_of_another(path: Path, fingerprint: str = "f", **changes: Any) -> Path
 
 def test_a_bundle_that_is_taken_in_stands_beside_the_saes_of_its_suite(made: Path, tmp_path: Path):
     folder = suite_of_another(tmp_path / "public")
-    assert bundle.adopt(made, folder) == "mine"
+    assert bundle.adopt(made, folder, replace=False) == "mine"
     scores = results.read(folder).scores
     own = results.read(tmp_path / "results").scores
     assert set(scores["sae"]) == {"topk", "mine"}
@@ -185,9 +187,9 @@ def test_a_bundle_that_is_taken_in_stands_beside_the_saes_of_its_suite(made: Pat
 
 def test_taking_in_the_same_bundle_twice_changes_nothing(made: Path, tmp_path: Path):
     folder = suite_of_another(tmp_path / "public")
-    bundle.adopt(made, folder)
+    bundle.adopt(made, folder, replace=False)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    bundle.adopt(made, folder)
+    bundle.adopt(made, folder, replace=False)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
@@ -196,16 +198,92 @@ def test_a_bundle_of_another_suite_text_or_with_a_taken_name_is_not_taken_in(
 ):
     other = suite_of_another(tmp_path / "other", model={"id": "n"})
     with pytest.raises(UserError, match="another model"):
-        bundle.adopt(made, other)
+        bundle.adopt(made, other, replace=False)
     with pytest.raises(UserError, match="scored on another text"):
-        bundle.adopt(made, suite_of_another(tmp_path / "text", fingerprint="g"))
+        other_text = suite_of_another(tmp_path / "text", fingerprint="g")
+        bundle.adopt(made, other_text, replace=False)
     taken = suite_of_another(tmp_path / "taken")
     runs = results.runs(taken)
     definition = results.definition(taken)
     results.write_manifest(taken, "toy", definition, {"mine": boards.trained("topk")}, runs)
     with pytest.raises(UserError, match="of the suite's own"):
-        bundle.adopt(made, taken)
+        bundle.adopt(made, taken, replace=False)
     assert not (taken / "submissions.json").exists()
+
+
+def rescored(path: Path, more: float) -> Path:
+    """A bundle of the same weights with other numbers of the first sequence."""
+    rows = plain_rows()
+    rows[1].num[0] += more
+    out = path / "mine.zip"
+    bundle.write(folder_with(path / "results", rows), "mine", out)
+    return out
+
+
+def test_other_numbers_of_what_was_adopted_are_refused_and_nothing_changes(
+    made: Path, tmp_path: Path
+):
+    folder = suite_of_another(tmp_path / "public")
+    bundle.adopt(made, folder, replace=False)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"another content of runs/mine--core.*--replace"):
+        bundle.adopt(rescored(tmp_path / "again", 0.1), folder, replace=False)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_another_record_of_the_same_runs_is_refused(made: Path, tmp_path: Path):
+    folder = suite_of_another(tmp_path / "public")
+    bundle.adopt(made, folder, replace=False)
+    members = unpacked(made)
+    manifest = json.loads(members["manifest.json"])
+    manifest["submission"]["entry"]["variant"] = "topk"
+    members["manifest.json"] = json.dumps(manifest).encode()
+    other = repacked(members, tmp_path / "other.zip")
+    with pytest.raises(UserError, match="with another entry"):
+        bundle.adopt(other, folder, replace=False)
+
+
+def test_what_is_replaced_is_kept_as_history_each_time(made: Path, tmp_path: Path):
+    folder = suite_of_another(tmp_path / "public")
+    bundle.adopt(made, folder, replace=False)
+    (run,) = submitted.read(folder)["mine"].runs
+    versions = [(folder / run).read_bytes()]
+    for more in (0.05, 0.1):
+        again = rescored(tmp_path / f"again-{more}", more)
+        bundle.adopt(again, folder, replace=True)
+        versions.append((folder / run).read_bytes())
+        assert versions[-1] == unpacked(again)[run]
+    assert len(set(versions)) == 3
+    place = folder / "history" / f"mine--{CHECKSUM[:12]}"
+    kept = [place / run, place.with_name(place.name + "-2") / run]
+    assert [p.read_bytes() for p in kept] == versions[:2]
+    assert results.runs(folder).count(run) == 1
+
+
+def test_other_weights_under_a_name_are_refused_or_replace_its_runs(made: Path, tmp_path: Path):
+    folder = suite_of_another(tmp_path / "public")
+    bundle.adopt(made, folder, replace=False)
+    (old,) = submitted.read(folder)["mine"].runs
+    members = unpacked(made)
+    for name in [n for n in members if n != "manifest.json"]:
+        data = members.pop(name)
+        if name.endswith(".json"):
+            run = json.loads(data)
+            run["spec"]["sae"]["checksum"] = "cd" * 32
+            new = f"runs/{results.run_file(Path(), run['spec']).name}"
+            members[new] = json.dumps(run).encode()
+            units = old.replace(".json", ".units.parquet")
+            members[new.replace(".json", ".units.parquet")] = unpacked(made)[units]
+    manifest = json.loads(members["manifest.json"])
+    manifest["submission"] |= {"checksum": "cd" * 32, "runs": [new]}
+    members["manifest.json"] = json.dumps(manifest).encode()
+    other = repacked(members, tmp_path / "other.zip")
+    with pytest.raises(UserError, match="of other weights"):
+        bundle.adopt(other, folder, replace=False)
+    bundle.adopt(other, folder, replace=True)
+    assert submitted.read(folder)["mine"].checksum == "cd" * 32
+    assert old not in results.runs(folder) and not (folder / old).exists()
+    assert (folder / "history" / f"mine--{CHECKSUM[:12]}" / old).is_file()
 
 
 # The archive

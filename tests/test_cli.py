@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from saebench import __version__, registry
+from saebench import __version__, cli, registry
 from tests.conftest import EVALS, VARIANTS, Finished, Place, Run, WriteSuite
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +214,25 @@ def test_check_says_what_a_suite_would_do(
     assert ended.code == 0
     assert "to train: 1 of 1 SAEs" in ended.out
     assert list(place.folder.iterdir()) == [path]
+
+
+def test_check_finds_what_is_there_in_the_folders_that_it_is_told(
+    saebench: Run, finished: Finished
+):
+    folders = ("results", "checkpoints", "cache")
+    places = [p for f in folders for p in (f"--{f}", str(finished.place.folder / f))]
+    ended = saebench("check", finished.plain, "--device", "cpu", *places)
+    assert ended.code == 0
+    assert "to train: 0 of 5 SAEs" in ended.out
+
+
+def test_what_is_printed_does_not_wait_for_the_lines_of_progress(
+    saebench: Run, monkeypatch: pytest.MonkeyPatch
+):
+    flushed: list[str] = []
+    monkeypatch.setattr(sys.stdout, "flush", lambda: flushed.append("here"))
+    cli._print("a line")
+    assert flushed == ["here"]
 
 
 def test_check_refuses_what_only_the_model_can_tell(saebench: Run, write_suite: WriteSuite):

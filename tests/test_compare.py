@@ -109,6 +109,11 @@ def test_p_values_are_adjusted_over_the_metrics_shown(tmp_path):
     assert alone.p == pytest.approx(2 * scipy.stats.t.sf(2.2, 99), rel=0.5)
     assert first.p == pytest.approx(3 * alone.p)
     assert "a is better" in alone.verdict and "cannot be told apart" in first.verdict
+    assert first.difference is not None and first.difference.low > 0
+    assert f", but p is {first.p:.3g} when adjusted); differences below" in first.verdict
+    whole = compared(tmp_path)
+    assert not any("when adjusted" in other.verdict for other in whole.rows[1:])
+    assert "95 % interval, which is not adjusted" in _compare.text(whole)
 
 
 def test_five_pairs_are_said_to_be_too_few(tmp_path):

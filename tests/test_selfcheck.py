@@ -135,8 +135,44 @@ def test_first_tokens_that_are_very_long_are_recognised():
 def test_where_nothing_helps_the_message_says_what_was_tried():
     told = told_of(Toy(lambda x: -x), draw(0))
     assert told.causes == () and told.refused is not None
-    for tried in ("other places", "scaled or centred", "first token"):
+    for tried in ("other places", "scaled or centred", "first token", "shorter or longer"):
         assert tried in told.refused
+
+
+def test_a_decoder_that_is_three_times_too_long_is_recognised_with_its_factor():
+    x = draw(0)
+    mixed = 0.1 * draw(1)[:D]
+    told = told_of(Toy(lambda x: 5 + 3 * (x + x @ mixed - 5)), x)
+    assert told.explained_variance < 0
+    # By regression of all coordinates on all predictions, each about its mean.
+    guess = 3 * (x + x @ mixed)
+    centred = guess - guess.mean(0)
+    factor = float((x * centred).sum() / centred.square().sum())
+    rest = (x - x.mean(0) - factor * centred).square().sum()
+    expected = 1 - float(rest / (x - x.mean(0)).square().sum())
+    assert told.causes[0].explained_variance == pytest.approx(expected, rel=1e-5)
+    assert told.refused is not None
+    assert f"its predictions are {1 / factor:.1f} times too large: times {factor:.2g} they" in (
+        told.refused
+    )
+    assert f"explain {expected:.2g}; likely a normalisation" in told.refused
+
+
+def test_predictions_that_are_too_small_are_said_to_be():
+    told = told_of(Toy(lambda x: x / 4), draw(0) + 50)
+    assert told.refused is not None
+    assert "4.0 times too small: times 4 they explain 1;" in told.refused
+
+
+def test_predictions_that_are_away_by_a_constant_are_not_called_too_large():
+    told = told_of(Toy(lambda x: x + 5), draw(0))
+    assert told.causes[0].what == "with a constant added to its predictions"
+    assert told.causes[0].explained_variance == pytest.approx(1)
+
+
+def test_constant_predictions_have_no_factor():
+    told = told_of(Toy(lambda x: torch.full_like(x, 3.0)), draw(0))
+    assert told.causes == ()
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])

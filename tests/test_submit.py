@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save
 
 from saebench import checkpoints, results, runner, submission, submitted
@@ -232,7 +233,7 @@ def test_the_weights_of_a_trained_sae_are_recognised_and_not_scored(home: Home, 
     before = home.place.files("results")
     ended = home.submit(trained(finished, "topk"))
     assert ended.code == 0
-    assert "these weights are the trained SAE topk-w32-l4-s0 already" in ended.out
+    assert "these weights are there already: the trained SAE topk-w32-l4-s0; " in ended.out
     assert home.place.files("results") == before
 
 
@@ -244,7 +245,7 @@ def test_trained_saes_are_recognised_in_results_of_before_weights_were_noted(
         del run["provenance"]["weights"]
         path.write_text(json.dumps(run))
     ended = home.submit(trained(finished, "topk"))
-    assert "these weights are the trained SAE topk-w32-l4-s0 already" in ended.out
+    assert "these weights are there already: the trained SAE topk-w32-l4-s0; " in ended.out
 
 
 def test_the_weights_of_an_earlier_submission_are_recognised_under_another_name(
@@ -255,7 +256,22 @@ def test_the_weights_of_an_earlier_submission_are_recognised_under_another_name(
     moved = shutil.copytree(mine, tmp_path / "moved")
     ended = home.submit(moved, name="other")
     assert ended.code == 0
-    assert "these weights are an earlier submission, mine already" in ended.out
+    told = "these weights are there already: the earlier submission mine; nothing was scored"
+    assert f"{told}\n" in ended.out
+    assert home.place.files("results") == before
+
+
+def test_to_replace_with_weights_that_have_another_name_replaces_nothing_and_says_so(
+    home: Home, mine: Path, finished: Finished, tmp_path: Path
+):
+    assert home.submit(mine).code == 0
+    other = changed(trained(finished, "topk"), tmp_path / "other", 0.8)
+    assert home.submit(other, name="perm").code == 0
+    before = home.place.files("results")
+    ended = home.submit(mine, "--replace", name="perm")
+    assert ended.code == 0
+    assert "the earlier submission mine; nothing was scored" in ended.out
+    assert "perm keeps the weights that it has, and nothing was replaced" in ended.out
     assert home.place.files("results") == before
 
 
@@ -270,10 +286,107 @@ def test_names_of_the_suites_own_saes_cannot_be_taken(home: Home, mine: Path, na
     assert home.place.files("results") == before
 
 
-@pytest.mark.parametrize("name", ["../mine", "a b", "", "-x", "x" * 101])
-def test_names_that_cannot_name_a_file_are_refused(home: Home, mine: Path, name: str):
+NAMES = ["../mine", "a b", "", "-x", "x" * 101, "a\n", "a.", "CON", "nul", "Aux.v2", "com1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_cannot_name_a_file_are_refused_before_the_model_is_opened(
+    home: Home, mine: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    unopened(monkeypatch)
     ended = home.submit(mine, f"--name={name}")
-    assert ended.code == 2 and "--name is" in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and "cannot be the name of a submission" in ended.err
+    assert "give another --name" in ended.err and ended.err.count("\n") == 1
+    assert len(ended.err) < 300 and "pattern" not in ended.err
+
+
+@pytest.mark.parametrize("name", ["con-v2", "commune", "com12", "a.b"])
+def test_names_that_only_begin_like_those_of_devices_are_fine(name: str):
+    submitted.check_name(name)
+
+
+def unopened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: object) -> None:
+        raise AssertionError("a model was opened for what is refused anyway")
+
+    monkeypatch.setattr(runner, "open_model", opened)
+
+
+def test_names_that_differ_in_case_alone_are_refused(home: Home, mine: Path):
+    assert home.submit(mine).code == 0
+    before = home.place.files("results")
+    for name, there in (("Mine", "mine"), ("TopK-w32-l4-s0", "topk-w32-l4-s0"), ("Identity", "")):
+        ended = home.submit(mine, name=name)
+        assert ended.code == 2, ended.out
+        assert f"{name} differs from {there or name.lower()}" in ended.err
+        assert "in case alone" in ended.err
+    assert home.place.files("results") == before
+
+
+@pytest.mark.parametrize("damage", ["cut", "not finite", "a trained SAE's name"])
+def test_what_needs_no_model_is_refused_before_one_is_opened(
+    home: Home, finished: Finished, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+):
+    factor = float("nan") if damage == "not finite" else 1.0
+    given = changed(trained(finished, "topk"), tmp_path / "given", factor)
+    if damage == "cut":
+        (given / "sae.safetensors").write_bytes((given / "sae.safetensors").read_bytes()[:-1])
+    unopened(monkeypatch)
+    name = "topk-w32-l4-s0" if damage.startswith("a ") else "mine"
+    assert home.submit(given, name=name).code == 2
+
+
+def test_an_isolated_submission_is_refused_for_its_name_before_any_download(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+):
+    def download(*_: object) -> None:
+        raise AssertionError("something was downloaded for a name that is refused")
+
+    monkeypatch.setattr(checkpoints, "download", download)
+    for name in ("a b", "topk-w32-l4-s0", "TOPK-w32-l4-s0"):
+        ended = home.submit("org/sae@main", "--isolate", name=name)
+        assert ended.code == 2 and "give another --name" in ended.err
+
+
+@pytest.mark.parametrize("name", ["mine", "Mine"])
+@pytest.mark.parametrize("option", ["--device=cpu", "--dry-run"])
+def test_a_suite_that_took_the_name_of_a_submission_is_not_run(
+    home: Home, finished: Finished, mine: Path, tmp_path: Path, name: str, option: str
+):
+    assert home.submit(mine).code == 0
+    own = changed(trained(finished, "topk"), tmp_path / "own", 0.7)
+    whole = yaml.safe_load(finished.plain.read_text())
+    whole["saes"].append({"checkpoint": str(own), "format": "native", "name": name})
+    home.suite = tmp_path / "taken.yaml"
+    home.suite.write_text(yaml.safe_dump(whole, sort_keys=False))
+    before = home.place.files("results")
+    ended = home._saebench(*home.place.arguments(home.suite), option)
+    assert ended.code == 2, ended.err
+    assert f"is called {name}, and that is the name of an earlier submission" in ended.err
+    assert "another name, or delete the record of mine in" in ended.err
+    assert home.place.files("results") == before
+    # Nor does a submission of something else drop it.
+    other = changed(trained(finished, "topk"), tmp_path / "other", 0.8)
+    assert home.submit(other, name="other").code == 2
+    assert home.place.files("results") == before
+
+
+def test_the_way_out_of_a_name_that_the_suite_took_loses_nothing(
+    home: Home, finished: Finished, mine: Path, tmp_path: Path
+):
+    assert home.submit(mine).code == 0
+    own = changed(trained(finished, "topk"), tmp_path / "own", 0.7)
+    whole = yaml.safe_load(finished.plain.read_text())
+    whole["saes"].append({"checkpoint": str(own), "format": "native", "name": "mine"})
+    home.suite = tmp_path / "taken.yaml"
+    home.suite.write_text(yaml.safe_dump(whole, sort_keys=False))
+    old = home.runs_of("mine")
+    (home.folder / "submissions.json").write_text("{}\n")
+    assert home.run().code == 0
+    assert old < home.runs_of("mine")
+    ended = home.submit(mine, name="renamed")
+    assert ended.code == 0 and "renamed: 5 runs scored" in ended.out
+    assert {"mine", "renamed"} <= set(home.manifest()["saes"])
 
 
 def test_an_sae_of_another_layer_is_refused_with_the_layer_that_it_is_of(
@@ -306,7 +419,7 @@ def test_an_sae_that_explains_nothing_needs_force_and_results_say_so(
     before = home.place.files("results")
     ended = home.submit(bad)
     assert ended.code == 2 and "the self-check refuses this SAE" in ended.err
-    assert "--force" in ended.err
+    assert "--force" in ended.err and "?." not in ended.err and ".." not in ended.err
     assert home.place.files("results") == before
     assert home.submit(bad, "--force").code == 0
     record = home.record()["mine"]

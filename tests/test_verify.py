@@ -149,22 +149,35 @@ def test_units_of_a_sample_are_scored_again(
         "verify", submitted.bundle, "--suite", submitted.suite, *submitted.arguments(), *options
     )
     assert ended.code == 0, ended.out
-    assert "2 of 20 sequences (--seed 3)" in ended.out
-    assert "- density: it needs all sequences (--sample)" in ended.out
+    assert "all sequences: what is the same for every SAE" in ended.out
+    chance = "one changed sequence is found with a chance of 10 %"
+    assert f"2 of 20 sequences (--seed 3): {chance}" in ended.out
+    assert "- density: it needs all sequences (--all)" in ended.out
+    assert "- what the SAE does in the other 18 sequences (--all)" in ended.out
 
 
 def test_all_units_are_the_same_when_all_are_scored_again(saebench: Run, submitted: Submitted):
-    options = ["--checkpoint", submitted.checkpoint, "--sample", "1000"]
+    options = ["--checkpoint", submitted.checkpoint, "--all"]
     ended = saebench(
         "verify", submitted.bundle, "--suite", submitted.suite, *submitted.arguments(), *options
     )
     assert ended.code == 0, ended.out
     assert "not checked" not in ended.out
+    assert "all 20 sequences" in ended.out
     # Every metric of the five evals: 4 + 3 + 9 + 4 + 5.
     assert "25 metrics scored again; the largest relative difference is 0" in ended.out
 
 
-def test_a_seed_is_drawn_anew_each_time(saebench: Run, submitted: Submitted):
+def test_a_sample_of_all_is_a_mistake(saebench: Run, submitted: Submitted):
+    ended = saebench("verify", submitted.bundle, "--all", "--sample", "3")
+    assert ended.code == 2
+    assert "--all is every sequence, and --sample 3 some" in ended.err
+
+
+def test_a_seed_is_drawn_anew_each_time(
+    saebench: Run, submitted: Submitted, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(runner, "rows_per_batch", lambda model, context: 2)
     options = ["--suite", submitted.suite, "--checkpoint", submitted.checkpoint, "--sample", "1"]
     arguments = ["verify", submitted.bundle, *options, *submitted.arguments()]
     first, second = (saebench(*arguments).out for _ in range(2))
@@ -180,25 +193,140 @@ def test_a_changed_unit_whose_value_fits_it_is_found_by_scoring_again(
     saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
 ):
     def better(columns: dict[str, list[Any]]) -> None:
+        columns["num"][columns["metric"].index("kl_divergence")] = 0.0
+
+    path = tampered(lambda members: rewritten(members, "fidelity", better))
+    assert bundle.inspect(path).problems == ()
+    message = refused(saebench, submitted, path, "--checkpoint", submitted.checkpoint, "--all")
+    assert "kl_divergence, sequence 0: given" in message
+
+
+def test_a_changed_rate_of_a_latent_is_found_when_all_are_scored_again(
+    saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
+):
+    def swapped(columns: dict[str, list[Any]]) -> None:
+        here = [i for i, metric in enumerate(columns["metric"]) if metric == "density"]
+        least, most = (end(here, key=lambda i: columns["num"][i]) for end in (min, max))
+        num = columns["num"]
+        num[least], num[most] = num[most], num[least]
+        for metric in ("dead_fraction", "dense_fraction"):
+            a, b = (columns["metric"].index(metric) + i - here[0] for i in (least, most))
+            num[a], num[b] = num[b], num[a]
+
+    path = tampered(lambda members: rewritten(members, "sparsity", swapped))
+    assert bundle.inspect(path).problems == ()
+    message = refused(saebench, submitted, path, "--checkpoint", submitted.checkpoint, "--all")
+    assert "density, latent" in message
+
+
+def test_a_unit_that_does_not_agree_with_others_is_found_in_the_bundle_alone(
+    saebench: Run, tampered: Callable[[Changed], Path]
+):
+    def perfect(columns: dict[str, list[Any]]) -> None:
         at = columns["metric"].index("explained_variance")
-        columns["num"][at] = 0.99 * columns["den"][at]
+        columns["num"][at] = columns["den"][at] = 1e6
+
+    ended = saebench("verify", tampered(lambda m: rewritten(m, "reconstruction", perfect)))
+    assert ended.code == 2
+    assert "den - num of explained_variance = num of mse: this does not hold" in ended.out
+
+
+def test_a_variance_that_the_text_does_not_have_is_found_without_the_checkpoint(
+    saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
+):
+    def heavier(columns: dict[str, list[Any]]) -> None:
+        at = columns["metric"].index("explained_variance")
+        columns["num"][at] += 1e6
+        columns["den"][at] += 1e6
+
+    def as_heavy(columns: dict[str, list[Any]]) -> None:
+        columns["den"][columns["metric"].index("rescale_gain")] += 1e6
+
+    def both(members: dict[str, bytes]) -> None:
+        rewritten(members, "reconstruction", heavier)
+        rewritten(members, "shrinkage", as_heavy)
+
+    path = tampered(both)
+    assert bundle.inspect(path).problems == ()
+    assert "den of explained_variance, sequence 0: given 1001839" in refused(
+        saebench, submitted, path
+    )
+
+
+def test_an_error_that_no_reconstruction_has_is_found_without_the_checkpoint(
+    saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
+):
+    def better(columns: dict[str, list[Any]]) -> None:
+        num = columns["num"]
+        variance, error = (columns["metric"].index(m) for m in ("explained_variance", "mse"))
+        saved = 0.1 * num[error]
+        num[variance] += saved
+        num[error] -= saved
 
     path = tampered(lambda members: rewritten(members, "reconstruction", better))
+    message = refused(saebench, submitted, path)
+    assert "squared length of the activations (from mse and shrinkage), sequence 0" in message
+
+
+def test_a_loss_of_the_ablated_model_is_found_without_the_checkpoint(
+    saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
+):
+    def worse(columns: dict[str, list[Any]]) -> None:
+        zero, share = (columns["metric"].index(m) for m in ("ce_loss_zero", "loss_recovered"))
+        columns["num"][zero] += 1e3
+        columns["num"][share] += 1e3
+        columns["den"][share] += 1e3
+
+    path = tampered(lambda members: rewritten(members, "fidelity", worse))
     assert bundle.inspect(path).problems == ()
-    options = ["--checkpoint", submitted.checkpoint, "--sample", "1000"]
-    message = refused(saebench, submitted, path, *options)
-    assert "explained_variance, sequence 0: given" in message
+    message = refused(saebench, submitted, path)
+    assert "num of ce_loss_zero, sequence 0" in message
+    assert "den of loss_recovered, sequence 0" in message
+
+
+def test_a_metric_that_was_left_out_without_need_is_found_without_the_checkpoint(
+    saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
+):
+    def without(members: dict[str, bytes]) -> None:
+        file = run_of(members, "reconstruction")
+        run = json.loads(members[file])
+        run["scores"] = [score for score in run["scores"] if score["metric"] != "mse"]
+        run["omitted"] = [{"what": "mse", "reason": "none"}]
+        members[file] = json.dumps(run).encode()
+
+        def fewer(columns: dict[str, list[Any]]) -> None:
+            kept = [i for i, metric in enumerate(columns["metric"]) if metric != "mse"]
+            for name, column in columns.items():
+                columns[name] = [column[i] for i in kept]
+
+        rewritten(members, "reconstruction", fewer)
+
+    path = tampered(without)
+    assert bundle.inspect(path).problems == ()
+    assert "mse is left out, and every SAE has it" in refused(saebench, submitted, path)
 
 
 def test_a_unit_that_was_left_out_is_found_without_the_checkpoint(
     saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
 ):
     def fewer(columns: dict[str, list[Any]]) -> None:
-        at = columns["metric"].index("explained_variance")
-        for column in columns.values():
-            del column[at]
+        metrics = columns["metric"]
+        kept = [i for i in range(1, len(metrics)) if metrics[i] == metrics[i - 1]]
+        for name, column in columns.items():
+            columns[name] = [column[i] for i in kept]
 
-    path = tampered(lambda members: rewritten(members, "reconstruction", fewer))
+    def without_the_first(members: dict[str, bytes]) -> None:
+        file = run_of(members, "fidelity")
+        units = pq.read_table(pa.BufferReader(members[file.replace(".json", ".units.parquet")]))
+        lost = int(units.to_pydict()["den"][units.to_pydict()["metric"].index("ce_loss_clean")])
+        run = json.loads(members[file])
+        for score in run["scores"]:
+            score["n"] -= lost
+        members[file] = json.dumps(run).encode()
+        rewritten(members, "fidelity", fewer)
+
+    path = tampered(without_the_first)
+    assert bundle.inspect(path).problems == ()
     assert "all of them count" in refused(saebench, submitted, path)
 
 
@@ -206,14 +334,15 @@ def test_tokens_that_a_sequence_does_not_have_are_found_without_the_checkpoint(
     saebench: Run, submitted: Submitted, tampered: Callable[[Changed], Path]
 ):
     def moved(columns: dict[str, list[Any]]) -> None:
-        at = columns["metric"].index("l0")
-        columns["den"][at] += 1
-        columns["den"][at + 1] -= 1
+        for metric in set(columns["metric"]) - {"loss_recovered", "loss_recovered_mean"}:
+            at = columns["metric"].index(metric)
+            columns["den"][at] += 1
+            columns["den"][at + 1] -= 1
 
-    path = tampered(lambda members: rewritten(members, "sparsity", moved))
-    assert "l0: sequence 0 is said to have 32 tokens; it has 31" in refused(
-        saebench, submitted, path
-    )
+    path = tampered(lambda members: rewritten(members, "fidelity", moved))
+    assert bundle.inspect(path).problems == ()
+    message = refused(saebench, submitted, path)
+    assert "ce_loss_clean: sequence 0 is said to have" in message
 
 
 def test_weights_that_were_not_scored_are_refused(

@@ -101,9 +101,8 @@ def text(compared: Compared) -> str:
     screen.line("\n".join(f"{row.label}: {row.verdict}." for row in rows))
     reading = [
         "A - B: with its 95 % interval, which is not adjusted. p: Holm-adjusted over these metrics. detectable: a true "
-        "difference of that size is found 80 % of the time. win/tie/loss: on how many units A is better, as good, worse. Units: "
-        + _about_units(rows)
-        + "."
+        "difference of that size is found 80 % of the time. win/tie/loss: on how many units A is better, as good, "
+        "worse. Units: " + _about_units(rows) + "."
     ]
     screen.line("\n" + "\n".join([*reading, *notes]))
     return screen.text()

@@ -89,9 +89,9 @@ def text(families: Families) -> str:
         screen.line("\n".join(f"{row.label} {row.verdict}." for row in here))
     screen.line(
         "\nA and B: the mean of the metric over ln L0, over the range of L0 that both have. A - B: with its 95 % "
-        "interval, from resampled units and not adjusted. p: Holm-adjusted over these rows. Hypervolume: the share of the box from L0 1 "
-        "to 1,000 and from worst to ideal that a family is at least as good as; it grows with the number of SAEs. "
-        "Seeds of one asked-for L0 count as one SAE."
+        "interval, from resampled units and not adjusted. p: Holm-adjusted over these rows. Hypervolume: the share of "
+        "the box from L0 1 to 1,000 and from worst to ideal that a family is at least as good as; it grows with the "
+        "number of SAEs. Seeds of one asked-for L0 count as one SAE."
     )
     return screen.text()
 
