@@ -4,11 +4,11 @@
 
 Both learn from the same batches in the same order (`trainer.Stream`), at the same width, at an L0 near 8, 16 and 32,
 with three seeds, and are scored together, by our evals, in one suite. Both choose their learning rate from the same
-list, by the explained variance at the middle L0 with the first seed. Those of the peer's trainers that have no knob
+list, for each L0 by the explained variance there with the first seed. Those of the peer's trainers that have no knob
 for L0 are trained at a grid of penalties.
 
 difference  ours less the peer's at the L0 that ours has: the peer's numbers are interpolated in ln L0 between its two
-            nearest runs. Sums are averaged over seeds; the interval is paired, over the sequences of the evaluation
+            nearest runs. Sums are averaged over seeds; the interval is paired, over the documents of the evaluation
             text (`stats.paired_difference`). "worse" is a difference whose interval lies below zero.
 
 What is finished is kept in the work folder, and a stopped run goes on from there. `--peers` needs
@@ -16,6 +16,7 @@ dictionary-learning beside saebench.
 """
 
 import argparse
+import itertools
 import math
 import multiprocessing
 from collections.abc import Sequence
@@ -50,11 +51,16 @@ PENALTIES = {
 """Of the peer's trainers. Those of dictionary_learning_demo (0.006 to 0.08, for models of 512 dimensions and more)
 leave an L0 of 50 and more at 64 dimensions; these hold the L0s wanted here."""
 L0S = (8, 16, 32)
-MIDDLE = 16
 LRS = (3e-4, 1e-3, 3e-3)
 METRICS = ("explained_variance", "loss_recovered")
 REACH = 0.1
 """How far, in L0, the peer's runs may lie from ours where none of them lies beyond."""
+
+
+Rates = dict[str, dict[int, float]]
+"""The learning rate of a variant at each L0."""
+Peers = dict[str, dict[int, dict[float, list[str]]]]
+"""By variant and wanted L0, at the learning rate chosen for it: names of the peer's SAEs by knob, one for each seed."""
 
 
 class Point(NamedTuple):
@@ -68,12 +74,11 @@ def main() -> None:
     asked = _arguments().parse_args()
     asked.work.mkdir(parents=True, exist_ok=True)
     lrs = _swept(asked)
-    entries = [_ours(variant, asked, lrs[variant]) for variant in asked.variants]
-    theirs: dict[str, dict[float, list[str]]] = {}
+    entries = [_ours(v, l0, asked, lrs[v][l0]) for v in asked.variants for l0 in L0S]
+    theirs: Peers = {}
     if asked.peers:
         theirs = _trained_peers(asked)
-        names = [name for points in theirs.values() for saes in points.values() for name in saes]
-        entries += [_given(asked, name) for name in names]
+        entries += [_given(asked, name) for name in _names(theirs)]
     found = _run(asked, "quality", entries)
     rows = [row for variant in asked.variants for row in _rows(found, variant, asked, theirs)]
     content = {
@@ -117,28 +122,22 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _swept(asked: argparse.Namespace) -> dict[str, float]:
-    """The learning rate of each of our variants, of those that reach the L0 they were asked for."""
-    entries = [
-        {"variant": v, "width": asked.width, "l0": MIDDLE, "seed": asked.seeds[0], "lr": asked.lrs}
-        for v in asked.variants
-    ]
-    scores = _run(asked, "quality-sweep", entries).scores
-    chosen = scores[scores["metric"] == "explained_variance"].set_index("sae")["value"]
-    l0 = scores[scores["metric"] == "l0"].set_index("sae")["value"]
-    best = {}
-    for variant in asked.variants:
-        names = {
-            f"{variant}-w{asked.width}-l{MIDDLE}-s{asked.seeds[0]}-lr{lr:g}": lr for lr in asked.lrs
-        }
-        reached = [name for name in names if abs(math.log(l0[name] / MIDDLE)) <= math.log1p(REACH)]
-        best[variant] = names[max(reached, key=lambda name: chosen[name])]
+def _swept(asked: argparse.Namespace) -> Rates:
+    """Of those that are not above the L0 they were asked for, which would explain more for that alone."""
+    wanted = {"width": asked.width, "l0": list(L0S), "seed": asked.seeds[0], "lr": asked.lrs}
+    scores = _run(asked, "quality-sweep", [{"variant": v} | wanted for v in asked.variants]).scores
+    explained = scores[scores["metric"] == "explained_variance"].set_index("sae")["value"]
+    measured = scores[scores["metric"] == "l0"].set_index("sae")["value"]
+    best: Rates = {variant: {} for variant in asked.variants}
+    for variant, l0 in itertools.product(asked.variants, L0S):
+        stem = f"{variant}-w{asked.width}-l{l0}-s{asked.seeds[0]}-lr"
+        sparse = [lr for lr in asked.lrs if measured[f"{stem}{lr:g}"] <= l0 * (1 + REACH)]
+        best[variant][l0] = max(sparse or asked.lrs, key=lambda lr: explained[f"{stem}{lr:g}"])  # noqa: B023
     return best
 
 
-def _ours(variant: str, asked: argparse.Namespace, lr: float) -> dict[str, Any]:
-    wanted = {"width": asked.width, "l0": list(L0S), "seed": asked.seeds}
-    return {"variant": variant, "lr": lr} | wanted
+def _ours(variant: str, l0: int, asked: argparse.Namespace, lr: float) -> dict[str, Any]:
+    return {"variant": variant, "lr": lr, "width": asked.width, "l0": l0, "seed": asked.seeds}
 
 
 def _given(asked: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -186,41 +185,54 @@ def _run(asked: argparse.Namespace, name: str, saes: list[dict[str, Any]]) -> Re
     return results.read(asked.work / "results" / name)
 
 
-def _trained_peers(asked: argparse.Namespace) -> dict[str, dict[float, list[str]]]:
-    """The names of the peer's SAEs by variant and knob, one for each seed, at the learning rate chosen for it."""
+def _trained_peers(asked: argparse.Namespace) -> Peers:
     from _dictionary_learning import Pupil
 
     first = asked.seeds[0]
     sweep = [
         Pupil(variant, knob, lr, first)
         for variant in asked.variants
-        for knob in PENALTIES.get(variant, (MIDDLE,))
+        for knob in PENALTIES.get(variant, L0S)
         for lr in asked.lrs
     ]
     _teach(asked, sweep)
     names = [pupil.name for pupil in sweep]
     read = _run(asked, "quality-peers-sweep", [_given(asked, name) for name in names])
-    best = {v: _best_lr(read, [p for p in sweep if p.variant == v]) for v in asked.variants}
-    chosen = {
-        variant: {
-            knob: [Pupil(variant, knob, best[variant], seed) for seed in asked.seeds]
-            for knob in PENALTIES.get(variant, L0S)
+    chosen: dict[str, dict[int, dict[float, list[Pupil]]]] = {}
+    for variant in asked.variants:
+        tried = [pupil for pupil in sweep if pupil.variant == variant]
+        best = {l0: _best_lr(read, tried, l0) for l0 in L0S}
+        chosen[variant] = {
+            l0: {
+                knob: [Pupil(variant, knob, lr, seed) for seed in asked.seeds]
+                for knob in PENALTIES.get(variant, L0S)
+            }
+            for l0, lr in best.items()
         }
-        for variant in asked.variants
-    }
-    _teach(asked, [p for points in chosen.values() for pupils in points.values() for p in pupils])
+    _teach(
+        asked, [p for at in chosen.values() for k in at.values() for ps in k.values() for p in ps]
+    )
     return {
-        variant: {knob: [pupil.name for pupil in pupils] for knob, pupils in points.items()}
-        for variant, points in chosen.items()
+        variant: {
+            l0: {knob: [pupil.name for pupil in pupils] for knob, pupils in knobs.items()}
+            for l0, knobs in at.items()
+        }
+        for variant, at in chosen.items()
     }
 
 
-def _best_lr(read: Results, pupils: Sequence[Any]) -> float:
-    """That of the highest explained variance at the middle L0, between the runs of one learning rate."""
+def _names(theirs: Peers) -> list[str]:
+    """None is there twice."""
+    at_each = [names for at in theirs.values() for knobs in at.values() for names in knobs.values()]
+    return list(dict.fromkeys(itertools.chain.from_iterable(at_each)))
+
+
+def _best_lr(read: Results, pupils: Sequence[Any], l0: int) -> float:
+    """That of the highest explained variance at this L0, between the runs of one learning rate."""
     found = {}
     for lr in sorted({pupil.lr for pupil in pupils}):
         points = [_point(read, [pupil.name]) for pupil in pupils if pupil.lr == lr]
-        at = _between(points, MIDDLE, reach=math.inf)
+        at = _between(points, l0, reach=math.inf)
         assert at is not None, "any distance is within reach"
         found[lr] = stats.value(*at["explained_variance"])
     best: float = max(found, key=lambda lr: found[lr])
@@ -280,8 +292,9 @@ def _point(read: Results, names: Sequence[str]) -> Point:
 
 def _mean(units: Sequence[Units]) -> stats.Column:
     """Of SAEs with the same denominators: the variance of the text, or what zero ablation costs."""
+    columns = [results.column(one, "ratio") for one in units]
     return stats.Column(
-        np.mean([u.num for u in units], axis=0), np.mean([u.den for u in units], axis=0)
+        np.mean([c.num for c in columns], axis=0), np.mean([c.den for c in columns], axis=0)
     )
 
 
@@ -307,17 +320,14 @@ def _mixed(a: stats.Column, b: stats.Column, w: float) -> stats.Column:
 
 
 def _rows(
-    read: Results,
-    variant: str,
-    asked: argparse.Namespace,
-    theirs: dict[str, dict[float, list[str]]],
+    read: Results, variant: str, asked: argparse.Namespace, theirs: Peers
 ) -> list[dict[str, Any]]:
-    peers = [_point(read, names) for names in theirs.get(variant, {}).values()]
     rows = []
     for wanted in L0S:
         names = [f"{variant}-w{asked.width}-l{wanted}-s{seed}" for seed in asked.seeds]
         ours = _point(read, names)
-        beside = _between(peers, ours.l0)
+        knobs = theirs[variant][wanted] if variant in theirs else {}
+        beside = _between([_point(read, names) for names in knobs.values()], ours.l0)
         for metric in METRICS:
             peer = None if beside is None else beside[metric]
             row = {"variant": variant, "wanted L0": wanted, "L0": ours.l0, "metric": metric}
@@ -337,10 +347,16 @@ def _compared(ours: stats.Column, peer: stats.Column | None) -> dict[str, Any]:
     return row | peers | {"interval": (found.low, found.high), "verdict": verdict}
 
 
-def _lrs_of(theirs: dict[str, dict[float, list[str]]]) -> dict[str, str]:
+def _lrs_of(theirs: Peers) -> dict[str, dict[int, str]]:
     """The chosen learning rates, which the names hold."""
-    first = {variant: next(iter(points.values()))[0] for variant, points in theirs.items()}
-    return {variant: name.rsplit("-lr", 1)[1].split("-s")[0] for variant, name in first.items()}
+    first = {
+        variant: {l0: next(iter(knobs.values()))[0] for l0, knobs in at.items()}
+        for variant, at in theirs.items()
+    }
+    return {
+        variant: {l0: name.rsplit("-lr", 1)[1].split("-s")[0] for l0, name in at.items()}
+        for variant, at in first.items()
+    }
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
