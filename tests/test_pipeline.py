@@ -432,8 +432,8 @@ def test_a_transcoder_is_scored_by_replacing_what_it_predicts(
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("nowhere", "cannot read"),
-        (".", "expected a folder with sae.json"),
+        ("nowhere", "expected the path of a checkpoint"),
+        (".", "has no sae.json"),
     ],
 )
 def test_a_checkpoint_that_is_none_is_refused_before_training(
