@@ -152,6 +152,7 @@ def outcomes(fuzz: ModuleType, folder: Path, seed: int, numbers: range) -> list[
     return wrong
 
 
+@pytest.mark.slow
 def test_some_cases_of_the_fuzzer_are_refused_or_sound(fuzz: ModuleType, tmp_path: Path):
     assert outcomes(fuzz, tmp_path, 7, range(120)) == []
 

@@ -426,7 +426,8 @@ def test_the_endpoint_of_the_environment_is_asked(hub: Hub, tmp_path: Path):
     )
     ended = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")},
+        env=os.environ
+        | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -153,6 +153,7 @@ def mine(finished: Finished, tmp_path: Path) -> Path:
     return changed(trained(finished, "topk"), tmp_path / "given" / "mine")
 
 
+@pytest.mark.slow
 def test_an_isolated_submission_has_the_scores_of_one_that_is_not(home: Home, mine: Path):
     ended = home.submit(mine, "--isolate")
     assert ended.code == 0, ended.err

@@ -114,6 +114,7 @@ def test_a_submission_is_in_record_manifest_and_leaderboard_beside_all_baselines
     assert read.stale == read.missing == []
 
 
+@pytest.mark.slow
 def test_its_scores_are_those_of_the_same_sae_in_a_suite_file(
     home: Home, mine: Path, run: Run, write_suite: WriteSuite, tmp_path: Path
 ):
@@ -137,6 +138,7 @@ def test_submitting_again_changes_no_file(home: Home, mine: Path):
     assert home.place.files("results") == before
 
 
+@pytest.mark.slow
 def test_what_is_missing_of_a_submission_is_made_by_the_same_command(home: Home, mine: Path):
     assert home.submit(mine).code == 0
     before = home.place.scores()
@@ -155,6 +157,7 @@ def test_a_run_of_the_suite_keeps_submissions(home: Home, mine: Path):
     assert "| mine " in home.board()
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_never_run_has_the_submission_alone_and_all_after_its_run(
     bare: Home, finished: Finished, mine: Path
 ):
@@ -170,6 +173,7 @@ def test_a_suite_that_was_never_run_has_the_submission_alone_and_all_after_its_r
     assert results.read(bare.folder).missing == []
 
 
+@pytest.mark.slow
 def test_baselines_stay_where_their_checkpoints_are_not_here(home: Home, mine: Path):
     shutil.rmtree(home.place.checkpoints)
     before = home.manifest()
@@ -178,6 +182,7 @@ def test_baselines_stay_where_their_checkpoints_are_not_here(home: Home, mine: P
     assert "| relu-w32-l4-s0 " in home.board()
 
 
+@pytest.mark.slow
 def test_runs_of_a_submission_that_the_suite_no_longer_asks_for_are_left_out_and_said_so(
     home: Home, mine: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -261,6 +266,7 @@ def test_the_weights_of_an_earlier_submission_are_recognised_under_another_name(
     assert home.place.files("results") == before
 
 
+@pytest.mark.slow
 def test_to_replace_with_weights_that_have_another_name_replaces_nothing_and_says_so(
     home: Home, mine: Path, finished: Finished, tmp_path: Path
 ):
@@ -371,6 +377,7 @@ def test_a_suite_that_took_the_name_of_a_submission_is_not_run(
     assert home.place.files("results") == before
 
 
+@pytest.mark.slow
 def test_the_way_out_of_a_name_that_the_suite_took_loses_nothing(
     home: Home, finished: Finished, mine: Path, tmp_path: Path
 ):
