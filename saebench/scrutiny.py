@@ -47,7 +47,7 @@ _RANGES = {  # what a value can be at all; of a unit too
     "encoder_decoder_cosine_weighted": _COSINE,
 }
 _PROBE_RANGES = (("probe_auc_gain_", _COSINE), ("probe_auc_", _SHARE), ("probe_accuracy_", _SHARE))
-_PER_TOKEN = (
+PER_TOKEN = (
     "l0",
     "mse",
     "cosine",
@@ -59,7 +59,7 @@ _PER_TOKEN = (
     "ce_loss_zero",
     "ce_loss_mean",
 )
-"""Means over tokens, whose denominators are counts."""
+"""Means over tokens, whose denominators are counts, and known without any SAE."""
 _ROUNDING = 1e-6
 _SAME_VALUE = 1e-9
 _SAME_END = 1e-6
@@ -322,7 +322,7 @@ def _wrong_score(score: Mapping[str, Any], units: Units, width: int) -> Iterator
         yield "some units have a cluster and some have none"
         return
     yield from _out_of_range(score, units, _range(score["metric"], width))
-    if score["metric"] in _PER_TOKEN and den.sum() != score["n"]:
+    if score["metric"] in PER_TOKEN and den.sum() != score["n"]:
         yield f"it is a mean over {score['n']:,} tokens, and its units have {den.sum():,.0f}"
     yield from _not_recomputed(score, units)
 

@@ -43,7 +43,7 @@ from saebench.runner import (
     run_name,
 )
 from saebench.saes.linear import Linear
-from saebench.scrutiny import Run, shown
+from saebench.scrutiny import PER_TOKEN, Run, shown
 from saebench.stats import Floats
 from saebench.submitted import Submission
 from saebench.suite import Checkpoint, Suite
@@ -69,19 +69,6 @@ TOLERANCE = 1e-4
 SEQUENCES = 64
 """How many are scored again, at least."""
 
-_COUNTED = (
-    "l0",
-    "mse",
-    "cosine",
-    "top1_agreement",
-    "kl_divergence",
-    "ce_loss_increase",
-    "ce_loss_clean",
-    "ce_loss_sae",
-    "ce_loss_zero",
-    "ce_loss_mean",
-)
-"""Means over tokens, whose denominators are known without any SAE."""
 _OF_PERFECT = ("reconstruction", "fidelity", "shrinkage")
 """Evals with sums over the text that are the same for every SAE."""
 _NEVER_SKIPPED = ("reconstruction", "fidelity")
@@ -331,7 +318,7 @@ def _wrong_sequences(
         return
     if n != tokens.sum():
         yield f"it is said to be of {n:,} tokens; the text has {tokens.sum():,}"
-    if metric in _COUNTED and not np.array_equal(units.den, tokens[ids]):
+    if metric in PER_TOKEN and not np.array_equal(units.den, tokens[ids]):
         wrong = int(np.flatnonzero(units.den != tokens[ids])[0])
         yield f"sequence {ids[wrong]} is said to have {units.den[wrong]:g} tokens; it has {tokens[ids[wrong]]}"
     given = None if units.clusters is None else [str(cluster) for cluster in units.clusters]
