@@ -349,9 +349,9 @@ def test_drawn_medians_are_those_of_resampled_latents():
 def test_two_families_of_ten_saes_take_less_than_three_seconds():
     l0s = tuple(np.geomspace(4, 400, 10))
     a, b = family(0.5, l0s, n=1_000), family(0.5, l0s, n=1_000, seed=1)
-    start = time.perf_counter()
+    start = time.process_time()
     frontiers.compare(a, b, "max", paired=True)
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 # Hypervolume

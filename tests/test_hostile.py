@@ -76,9 +76,9 @@ def refuse(saebench: Run, tmp_path: Path) -> Iterator[Refuse]:
 
     def command(path: Path, *options: str) -> str:
         before = sorted(tmp_path.rglob("*"))
-        began = time.perf_counter()
+        began = time.process_time()
         ended: Ended = saebench("check", path, *options)
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         assert (ended.code, ended.out) == (2, "")
         assert ended.err.startswith("saebench: ") and "Traceback" not in ended.err
         assert all(c.isprintable() or c in "\n" for c in ended.err)

@@ -207,9 +207,9 @@ def test_draws_that_say_nothing_are_left_out():
 @pytest.mark.parametrize("paired", [True, False])
 def test_thirty_saes_of_a_thousand_units_take_less_than_two_seconds(paired):
     columns = noisy({str(i): 0.01 * i for i in range(30)}, n=1_000)
-    start = time.perf_counter()
+    start = time.process_time()
     ranks.rank(columns, "max", paired=paired)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # Who cannot be told apart from the best

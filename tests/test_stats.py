@@ -140,18 +140,18 @@ def test_every_draw_has_as_many_units_as_the_data():
 def test_thirty_metrics_of_two_thousand_sequences_take_less_than_two_seconds():
     rng = np.random.default_rng(9)
     columns = [Column(rng.gamma(2, 1, 2_000), np.ones(2_000)) for _ in range(30)]
-    start = time.perf_counter()
+    start = time.process_time()
     stats.intervals(columns)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_a_million_latents_take_less_than_two_seconds():
     x = np.random.default_rng(10).gamma(2, 1, 1_000_000)
-    start = time.perf_counter()
+    start = time.process_time()
     for statistic in ("ratio", "median", "q05", "q95"):
         low, high = stats.interval(x, np.ones_like(x), statistic)
         assert low <= stats.value(x, np.ones_like(x), statistic) <= high
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # Differences

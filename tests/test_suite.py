@@ -252,9 +252,9 @@ def test_aliases_of_aliases_are_refused_at_once(tmp_path: Path, key: str):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
     kept = [line for line in VALID.splitlines() if not line.startswith(f"{key}:")]
-    began = time.monotonic()
+    began = time.process_time()
     message = refusal(tmp_path, "\n".join([*lines, *kept, f"{key}: *a29"]))
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
     assert "aliases" in message
     assert len(message) < 1000
 
