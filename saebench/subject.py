@@ -776,6 +776,10 @@ class EvalBatch:
         """Activations of the site that is predicted: `x`, but for transcoders."""
         return self._streams.clean.stream[self._tokens].float()
 
+    @property
+    def features(self) -> None:
+        """Nobody knows them."""
+
     def references(self) -> References:
         """Cross-entropies of this batch, from the pass that computed them for all."""
         whole = self._lm.references(self._streams.predicted)

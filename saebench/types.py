@@ -67,6 +67,21 @@ class SAE(Protocol):
     def decode_sparse(self, code: SparseCode) -> Float[Tensor, "n d_out"]: ...
 
 
+class Truth(NamedTuple):
+    """The features that activations are made of, where somebody knows them: x = a D + b, most of a zero."""
+
+    directions: Float[Tensor, "n_features d"]
+    """D: unit rows, more of them than dimensions; features that fire often come first."""
+    offset: Float[Tensor, " d"]
+    """b."""
+    mean_magnitudes: Float[Tensor, " n_features"]
+    """Of a feature where it fires."""
+    parents: Int[Tensor, " n_features"]
+    """A feature is silent where its parent is; -1: it has none."""
+    depths: Int[Tensor, " n_features"]
+    """Generation below the root of its tree, whose own is 0; -1: it is in no tree."""
+
+
 class Outcome(NamedTuple):
     """What the language model predicts at the scored positions when a stream is replaced.
 
@@ -106,6 +121,11 @@ class Batch(Protocol):
     @property
     def target(self) -> Float[Tensor, "n d_out"]:
         """What an SAE is to give back: `x`, but for transcoders."""
+        ...
+
+    @property
+    def features(self) -> SparseCode | None:
+        """The true features of each token with their magnitudes; None where nobody knows them."""
         ...
 
     def references(self) -> References: ...
@@ -272,6 +292,8 @@ class Facts(NamedTuple):
     n_tokens: int
     mean: Float[Tensor, " d_out"]
     """Mean activation of the predicted site over the evaluation tokens, float64."""
+    truth: Truth | None = None
+    """What the activations are made of; None where nobody knows, as in a language model."""
 
 
 Spec = dict[str, Any]

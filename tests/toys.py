@@ -94,6 +94,10 @@ class ToyBatch:
         return self.sequence[self._scored]
 
     @property
+    def features(self) -> None:
+        return None
+
+    @property
     def _scored(self) -> Tensor:
         return self.world.scored[self.tokens]
 
