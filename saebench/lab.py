@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.subject import LanguageModel
+from saebench.synthetic import Subject
 from saebench.types import Excerpt, Site, Spec
 
 LONGEST = 1024
@@ -23,7 +23,7 @@ LONGEST = 1024
 
 @final
 class ModelLab:
-    def __init__(self, subject: LanguageModel, tokenizer: Any, folder: Path) -> None:
+    def __init__(self, subject: Subject, tokenizer: Any, folder: Path) -> None:
         self.subject, self.tokenizer, self.folder = subject, tokenizer, folder
         self.identity = subject.identity
         self.longest = min(LONGEST, subject.longest or LONGEST)

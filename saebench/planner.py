@@ -14,18 +14,17 @@ on activations of d dimensions:
 The time is an estimate from a short measurement on the device: reading a batch at the sites, resuming above them, one
 training step for each (variant, width) at its mean L0, and one batch of scoring for each width. What would take long
 is measured on fewer tokens, or on fewer latents with proportionally smaller L0, and scaled. Building controls, the
-decoder geometry, plots and evals that bring their own text are left out. Nothing is written.
+decoder geometry, plots and evals that bring their own text or compare seeds are left out. Nothing is written.
 """
 
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -33,12 +32,12 @@ from torch import Tensor
 from saebench import registry, results, runner, trainer
 from saebench.cache import Cache
 from saebench.progress import Meter
-from saebench.runner import GROUP, Options, PlannedControl, Workbench
-from saebench.subject import LanguageModel, rows_per_batch
+from saebench.runner import GROUP, Options, PlannedControl, Workbench, subject_of
+from saebench.subject import LoadedModel, random_text
 from saebench.suite import Suite, TrainedSAE
-from saebench.text import TextTokens
+from saebench.synthetic import Subject
 from saebench.trainer import TrainRun
-from saebench.types import Facts, Seen, Site, Skip, StreamEval, TextEval
+from saebench.types import Batch, Facts, SeedEval, Seen, Site, Skip, StreamEval, TextEval
 from saebench.variants._training import Downstream, Lesson, Task
 
 _ENOUGH_SECONDS = 0.4
@@ -77,7 +76,7 @@ class Work:
 
     suite: Suite
     options: Options
-    lm: LanguageModel
+    lm: Subject
     widths: dict[Site, int]
     chosen: list[TrainRun]
     missing: list[TrainRun]
@@ -148,7 +147,7 @@ class Work:
 
     def resumes(self, place: tuple[Site, Site]) -> int:
         """Passes of the LM over the evaluation text from the predicted site on."""
-        if not any(eval_.needs_outcome for eval_ in _streamed(self.suite)):
+        if not (self.lm.predicts and any(e.needs_outcome for e in _streamed(self.suite))):
             return 0
         n = sum(sae.place == place for sae in self.streamed)
         return _REFERENCES * self.models_at(place) + self.groups_at(place) + n
@@ -241,10 +240,9 @@ def _open(suite: Suite, suite_file: Path, options: Options) -> Work:
 def _unread(suite: Suite, suite_file: Path, writes_nothing: Options, options: Options) -> Work:
     """A suite whose text is far away: its rows are counted, not read."""
     loaded = runner.open_model(suite, suite_file, writes_nothing)
+    assert isinstance(loaded, LoadedModel), "a dataset is the text of a language model"
     context = suite.text.context
-    tokens = _sample(loaded.model, 1, context)
-    rows = rows_per_batch(loaded.model, context)
-    lm = LanguageModel(loaded.model, tokens, loaded.identity, Cache(None), rows)
+    lm = subject_of(loaded, random_text(loaded.model, 1, context), Cache(None))
     for site in suite.all_sites():
         lm.check_site(site)
     runs = [_run(suite, lm, sae) for sae in suite.trained()]
@@ -273,7 +271,7 @@ def _chosen(
     return [run for run in trained if runner.chosen(run.sae.name, options.only)]
 
 
-def _run(suite: Suite, lm: LanguageModel, sae: TrainedSAE) -> TrainRun:
+def _run(suite: Suite, lm: Subject, sae: TrainedSAE) -> TrainRun:
     """Of a text that is not read."""
     parent = suite.parent(sae)
     return TrainRun(
@@ -291,7 +289,7 @@ def _run(suite: Suite, lm: LanguageModel, sae: TrainedSAE) -> TrainRun:
 def _work(  # noqa: PLR0913  (what differs between a text that was read and one that was not)
     suite: Suite,
     options: Options,
-    lm: LanguageModel,
+    lm: Subject,
     *,
     chosen: list[TrainRun],
     scored: list[Scored],
@@ -301,7 +299,8 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
 ) -> Work:
     widths = {site: lm.width(site) for site in suite.all_sites()}
     needed = runner.with_parents(chosen)
-    missing = [run for run in needed if not (text_read and run.done(options.checkpoints))]
+    kept = suite.training.snapshots
+    missing = [run for run in needed if not text_read or run.to_train(options.checkpoints, kept)]
     budget = trainer.memory_for_training(options.device)
     activations = _cache_bytes(lm, suite, widths, eval_rows)
     return Work(
@@ -326,7 +325,7 @@ def _work(  # noqa: PLR0913  (what differs between a text that was read and one 
 
 
 def _all_scored(
-    suite: Suite, lm: LanguageModel, runs: Sequence[TrainRun], controls: Sequence[PlannedControl]
+    suite: Suite, lm: Subject, runs: Sequence[TrainRun], controls: Sequence[PlannedControl]
 ) -> list[Scored]:
     """Trained SAEs, checkpoints (of a width that is not known here: that of the site) and controls."""
     trained = [Scored(r.sae.name, (r.sae.site, r.sae.target), r.sae.width, r.sae.l0) for r in runs]
@@ -336,7 +335,7 @@ def _all_scored(
     return [*trained, *given, *(_scored_control(lm, control) for control in controls)]
 
 
-def _scored_control(lm: LanguageModel, control: PlannedControl) -> Scored:
+def _scored_control(lm: Subject, control: PlannedControl) -> Scored:
     planned, site = control.planned, control.site
     d = lm.width(site)
     aside = control.run is not None and control.run.model != lm.identity
@@ -347,27 +346,11 @@ def _scored_control(lm: LanguageModel, control: PlannedControl) -> Scored:
 # What is counted
 
 
-def parameters_below(lm: LanguageModel, site: Site) -> int:
-    """In the blocks that run until the site is known."""
-    layer = lm.layer(site)
-    runs = len(lm.blocks) if layer is None else layer + (site.stream != "resid_pre")
-    return sum(p.numel() for block in lm.blocks[:runs] for p in block.parameters())
-
-
-def parameters_above(lm: LanguageModel, site: Site) -> int:
-    """In the blocks that run when the LM is resumed at the site, and in the output matrix."""
-    layer = lm.layer(site)
-    first = 0 if layer is None else layer + (site.stream == "resid_post")
-    head: Any = lm.model.get_output_embeddings()
-    modules = [*lm.blocks[first:], head]
-    return sum(p.numel() for module in modules for p in module.parameters())
-
-
 def operations(work: Work) -> Parts:
     """Floating-point operations."""
     lm = work.lm
-    below = {site: parameters_below(lm, site) for site in work.widths}
-    above = {site: parameters_above(lm, site) for site in work.widths}
+    below = {site: lm.parameters_below(site) for site in work.widths}
+    above = {site: lm.parameters_above(site) for site in work.widths}
     read = len(work.groups) * work.pass_tokens * max(below.values())
     end_to_end = sum(below[r.sae.site] + _END_TO_END * above[r.sae.site] for r in work.through_lm)
     scored = sum(
@@ -411,16 +394,10 @@ def seconds(work: Work, pace: Pace) -> Parts:
 
 def device_bytes(work: Work) -> dict[str, int]:
     """What lies in the memory of the device when it is fullest."""
-    config: Any = work.lm.model.config.get_text_config()
-    vocabulary = work.lm.model.get_input_embeddings().get_parameter("weight").shape[0]
-    # Log-probabilities with and without an SAE in float32, and some streams of the residual's width.
-    per_token = 4 * (2 * vocabulary + 8 * config.hidden_size)
     return {
         "SAEs of the largest group": max((_group_bytes(work, g) for g in work.groups), default=0),
         "activation buffer": 4 * work.suite.training.buffer_tokens * sum(work.widths.values()),
-        "language model": sum(p.numel() * p.element_size() for p in work.lm.model.parameters()),
-        "its working memory": work.lm.batch_rows * work.context * int(per_token),
-    }
+    } | work.lm.memory()
 
 
 def disk_bytes(work: Work) -> dict[str, int]:
@@ -432,7 +409,7 @@ def disk_bytes(work: Work) -> dict[str, int]:
         "cache": _cache_bytes(work.lm, work.suite, work.widths, work.eval_rows)
         if work.cached
         else 0,
-        "checkpoints": sum(map(sum, weights)),
+        "checkpoints": (1 + len(work.suite.training.snapshots)) * sum(map(sum, weights)),
         "training state": 3 * max(map(sum, weights), default=0),
         "results": sum(
             16 * (units | {"latent": sae.width})[metric.unit]
@@ -454,7 +431,7 @@ def _weights_bytes(work: Work, run: TrainRun) -> int:
     return 4 * ((d_in + d_out + 1) * run.sae.width + d_out)
 
 
-def _cache_bytes(lm: LanguageModel, suite: Suite, sites: Iterable[Site], eval_rows: int) -> int:
+def _cache_bytes(lm: Subject, suite: Suite, sites: Iterable[Site], eval_rows: int) -> int:
     """Activations of the evaluation text at each site, and the stream below where it is inside a block."""
     kept = []
     for site in sites:
@@ -547,14 +524,6 @@ def _mean_l0s(found: Iterable[tuple[_Key, float]]) -> dict[_Key, float]:
     return {key: sum(values) / len(values) for key, values in l0s.items()}
 
 
-def _sample(model: Any, rows: int, context: int) -> TextTokens:
-    """Random token ids, none of them special."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    drawn = np.random.default_rng(0).integers(vocabulary, size=(rows, context), dtype=np.int32)
-    documents = np.arange(rows)
-    return TextTokens(drawn, drawn, "random", "random", frozenset(), context, documents)
-
-
 def _shape_for(work: Work, seconds_per_token: float) -> tuple[int, int]:
     """Rows and context of a batch that takes about as long as one measurement may."""
     tokens = max(_FIRST_TOKENS, int(_ENOUGH_SECONDS / seconds_per_token))
@@ -564,19 +533,17 @@ def _shape_for(work: Work, seconds_per_token: float) -> tuple[int, int]:
 
 def _read_seconds(work: Work, clock: _Clock) -> float:
     def of(rows: int, context: int) -> float:
-        ids = torch.from_numpy(_sample(work.lm.model, rows, context).train)
-        sites = list(work.widths)
-        return clock.seconds(lambda: work.lm.read(sites, ids)) / (rows * context)
+        lm, sites = work.lm.on_random_text(rows, context), list(work.widths)
+        return clock.seconds(lambda: lm.read(sites, lm.train_rows)) / (rows * context)
 
     return of(*_shape_for(work, of(1, min(work.context, _FIRST_TOKENS))))
 
 
 def _resume_seconds(work: Work, clock: _Clock, site: Site, read: float) -> float:
-    below = max(1, max(parameters_below(work.lm, s) for s in work.widths))
-    rows, context = _shape_for(work, read * parameters_above(work.lm, site) / below)
-    tokens = _sample(work.lm.model, rows, context)
-    lm = LanguageModel(work.lm.model, tokens, work.lm.identity, Cache(None), rows)
-    batch = next(lm.evaluation(site))
+    below = max(1, max(work.lm.parameters_below(s) for s in work.widths))
+    rows, context = _shape_for(work, read * work.lm.parameters_above(site) / below)
+    batches: Iterator[Batch] = work.lm.on_random_text(rows, context).evaluation(site)
+    batch = next(batches)
     batch.outcome(batch.target)  # the clean prediction, which all SAEs share
     return clock.seconds(lambda: batch.outcome(batch.target)) / (rows * context)
 
@@ -699,7 +666,7 @@ def _score(work: Work, sae: Any, batch: Any) -> None:
 
 def _what(work: Work) -> list[str]:
     suite, identity = work.suite, work.lm.identity
-    n = sum(p.numel() for p in work.lm.model.parameters())
+    n = work.lm.n_parameters
     budget = trainer.memory_for_training(work.options.device)
     lines = [
         f"model: {identity['id']} at {identity['revision']}, {identity['dtype']}, {n:,} parameters",
@@ -786,8 +753,12 @@ def _time(work: Work) -> list[str]:
 
 
 def _left_out(suite: Suite) -> list[str]:
-    names = [eval_.name for eval_ in suite.evals if isinstance(eval_.value, TextEval)]
-    return [f"  {', '.join(names)}: on texts of their own, not in the estimate"] if names else []
+    lines = []
+    for kind, what in ((TextEval, "on texts of their own"), (SeedEval, "between seeds")):
+        names = [eval_.name for eval_ in suite.evals if isinstance(eval_.value, kind)]
+        if names:
+            lines.append(f"  {', '.join(names)}: {what}, not in the estimate")
+    return lines
 
 
 def _names(work: Work) -> list[str]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 import saebench
 from saebench import isolation, results, submitted, trainer
@@ -55,8 +54,25 @@ from saebench.subject import (
     untrained_identity,
 )
 from saebench.submitted import Submission
-from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, twice
-from saebench.text import Builtin, Files, HubDataset, Source, TextTokens, special_mask, tokenize
+from saebench.suite import Checkpoint, Plugin, Suite, TrainedSAE, snapshot_name, twice
+from saebench.synthetic import (
+    LoadedWorld,
+    Subject,
+    SyntheticSubject,
+    load_world,
+    world_rows_per_batch,
+    world_text,
+)
+from saebench.text import (
+    Builtin,
+    Draw,
+    Files,
+    HubDataset,
+    Source,
+    TextTokens,
+    special_mask,
+    tokenize,
+)
 from saebench.trainer import Stream, TrainRun
 from saebench.types import (
     SAE,
@@ -65,6 +81,8 @@ from saebench.types import (
     Omitted,
     Reading,
     Score,
+    Seeded,
+    SeedEval,
     Seen,
     Site,
     Skip,
@@ -119,6 +137,8 @@ class Candidate:
     """Whether its codes are those of another SAE."""
     origin: Spec | None = None
     """Of a checkpoint: where it is from."""
+    family: str | None = None
+    """Of one that the suite trains: the key of all that determines its weights but the seed."""
 
 
 class EvalRun(NamedTuple):
@@ -128,6 +148,8 @@ class EvalRun(NamedTuple):
     eval_name: str
     eval: Eval
     spec: Spec
+    others: tuple[Candidate, ...] = ()
+    """What a `SeedEval` compares it with: those that differ in their seed alone."""
 
 
 class PlannedControl(NamedTuple):
@@ -141,10 +163,13 @@ class PlannedControl(NamedTuple):
     """Of one that is trained."""
 
 
-class Stage(NamedTuple):
-    """A language model with the suite's text."""
+Loaded = LoadedModel | LoadedWorld
 
-    subject: LanguageModel
+
+class Stage(NamedTuple):
+    """A language model, or what stands in its place, with the suite's text."""
+
+    subject: Subject
     stream: Stream
     """Of its activations, to train on."""
     lab: ModelLab
@@ -160,7 +185,7 @@ class Workbench:
             results.make_folder(options.cache)
         self.folder = options.results / suite.name
         self.loaded = open_model(suite, suite_file, options)
-        self.tokens = open_text(suite, suite_file, self.loaded.tokenizer)
+        self.tokens = open_text(suite, suite_file, self.loaded)
         self._folder = suite_file.parent
         self.stage = self._stage(self.loaded)
         for site in suite.all_sites():
@@ -170,7 +195,7 @@ class Workbench:
         self._prepared: dict[tuple[TextEval, bool, Site], Any] = {}
 
     @property
-    def subject(self) -> LanguageModel:
+    def subject(self) -> Subject:
         return self.stage.subject
 
     @property
@@ -180,12 +205,12 @@ class Workbench:
     @cached_property
     def untrained_stage(self) -> Stage:
         """The same architecture with random weights, on the same text."""
+        assert isinstance(self.loaded, LoadedModel), "the suite was checked for controls of it"
         return self._stage(untrained(self.loaded))
 
-    def _stage(self, loaded: LoadedModel) -> Stage:
-        rows = rows_per_batch(loaded.model, self.suite.text.context)
-        cache = Cache(self.options.cache)
-        subject = LanguageModel(loaded.model, self.tokens, loaded.identity, cache, rows)
+    def _stage(self, loaded: Loaded) -> Stage:
+        subject = subject_of(loaded, self.tokens, Cache(self.options.cache))
+        rows = subject.batch_rows
         stream = Stream(
             subject,
             self.suite.all_sites(),
@@ -196,7 +221,8 @@ class Workbench:
             buffer_tokens=self.suite.training.buffer_tokens,
             rows_at_a_time=rows,
         )
-        return Stage(subject, stream, ModelLab(subject, loaded.tokenizer, self._folder))
+        tokenizer = loaded.tokenizer if isinstance(loaded, LoadedModel) else None
+        return Stage(subject, stream, ModelLab(subject, tokenizer, self._folder))
 
     def stage_of(self, candidate: Candidate) -> Stage:
         return self.untrained_stage if candidate.untrained_lm else self.stage
@@ -204,10 +230,12 @@ class Workbench:
     def train(self, runs: Sequence[TrainRun]) -> None:
         """What is missing of these, on the language model that each of them is for."""
         here, aside = by_model(runs, self.subject.identity)
-        trainer.train_missing(here, self.stream, self.options.checkpoints, self.options.device)
-        if any(not run.done(self.options.checkpoints) for run in aside):
+        snapshots, checkpoints = self.suite.training.snapshots, self.options.checkpoints
+        device = self.options.device
+        trainer.train_missing(here, self.stream, snapshots, checkpoints, device)
+        if any(run.to_train(checkpoints, snapshots) for run in aside):
             stream = self.untrained_stage.stream
-            trainer.train_missing(aside, stream, self.options.checkpoints, self.options.device)
+            trainer.train_missing(aside, stream, snapshots, checkpoints, device)
 
     def reading(self, eval_: TextEval) -> Reading:
         """The text that an eval brings, read once."""
@@ -238,6 +266,33 @@ class Workbench:
         controls = filter(None, (self._control(control, runs) for control in planned))
         return [*trained, *self._given, *controls]
 
+    def snapshots(self, run_: TrainRun) -> list[Candidate]:
+        """A trained SAE or control as it was after each number of tokens that the suite keeps it at: none before it is
+        finished.
+        """
+        checkpoints, wanted = self.options.checkpoints, self.suite.training.snapshots
+        own = self._finished(run_) if run_.done(checkpoints) else None
+        if own is None:
+            return []
+        missing = run_.snapshots_missing(checkpoints, wanted)
+        there = {n: run_.snapshot(checkpoints, n) for n in wanted if n not in missing}
+        return [
+            dataclasses.replace(
+                own,
+                name=snapshot_name(own.name, tokens),
+                checksum=trainer.recorded_checksum(folder),
+                load=partial(_native, folder),
+            )
+            for tokens, folder in there.items()
+        ]
+
+    def _finished(self, run_: TrainRun) -> Candidate | None:
+        """One of the suite's own SAEs, or a trained control."""
+        if not run_.frozen and run_.model == self.subject.identity:
+            return self._trained(run_)
+        planned = {control.name: control for control in self.controls()}
+        return self._control(planned[run_.sae.name], [])
+
     def names(self) -> list[str]:
         """Of all that is trained, given or built. Raises `UserError` where two of them are the same."""
         trained = [run.sae.name for run in self.train_runs()]
@@ -252,11 +307,20 @@ class Workbench:
 
     def eval_runs(self, candidates: Sequence[Candidate]) -> list[EvalRun]:
         return [
-            EvalRun(candidate, name, eval_, self._spec(candidate, name, eval_))
+            self._eval_run(candidate, name, eval_, candidates)
             for candidate in candidates
             for name, eval_ in self.suite.evals
             if isinstance(eval_, TextEval) or not candidate.shuffled
         ]
+
+    def _eval_run(
+        self, candidate: Candidate, name: str, eval_: Eval, candidates: Sequence[Candidate]
+    ) -> EvalRun:
+        spec = self._spec(candidate, name, eval_)
+        others = other_seeds(candidate, candidates) if isinstance(eval_, SeedEval) else []
+        if others:  # without them it is skipped, and has the spec of any SAE
+            spec["others"] = [other.checksum for other in others]
+        return EvalRun(candidate, name, eval_, spec, tuple(others))
 
     def _train_run(self, sae: TrainedSAE) -> TrainRun:
         parent = self.suite.parent(sae)
@@ -277,7 +341,15 @@ class Workbench:
         checksum = run.checksum(self.options.checkpoints)
         place = where(sae.site, sae.target)
         entry = Entry("trained", sae.family, sae.width, sae.l0, sae.seed, place)
-        return Candidate(sae.name, entry, sae.site, sae.target, checksum, lambda: _native(folder))
+        return Candidate(
+            sae.name,
+            entry,
+            sae.site,
+            sae.target,
+            checksum,
+            lambda: _native(folder),
+            family=family(run),
+        )
 
     def _checkpoint(self, given: Checkpoint, suite_file: Path) -> Candidate:
         return self.given(given, self.opened(given, suite_file.parent))
@@ -387,7 +459,9 @@ class Workbench:
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
         # Not that of its stage, which would make the untrained model to ask it for its name.
-        aside = candidate.untrained_lm
+        model = self.subject.identity
+        if candidate.untrained_lm:
+            model = _untrained_identity(self.loaded)
         text: Spec = {
             "fingerprint": self.tokens.fingerprint_eval,
             "context": self.tokens.context,
@@ -398,7 +472,7 @@ class Workbench:
         return {
             "sae": {"name": candidate.name, "checksum": candidate.checksum},
             "site": where(candidate.site, candidate.target),
-            "model": untrained_identity(self.loaded) if aside else self.subject.identity,
+            "model": model,
             "text": text,
             "eval": {
                 "name": eval_name,
@@ -454,7 +528,7 @@ def asked_of(run_: TrainRun) -> Asked:
 
 
 def planned_controls(
-    suite: Suite, loaded: LoadedModel, runs: Sequence[TrainRun]
+    suite: Suite, loaded: Loaded, runs: Sequence[TrainRun]
 ) -> list[PlannedControl]:
     """All controls of a suite that trains these."""
     found = []
@@ -473,15 +547,20 @@ def planned_controls(
     return found
 
 
-def _control_run(name: str, control: Plugin, parent: TrainRun, loaded: LoadedModel) -> TrainRun:
+def _control_run(name: str, control: Plugin, parent: TrainRun, loaded: Loaded) -> TrainRun:
     """The parent's training with something taken away."""
     aside = control.value.untrained_lm
     return dataclasses.replace(
         parent,
         sae=parent.sae._replace(name=name, family=control.name),
-        model=untrained_identity(loaded) if aside else parent.model,
+        model=_untrained_identity(loaded) if aside else parent.model,
         frozen=control.value.frozen,
     )
+
+
+def _untrained_identity(loaded: Loaded) -> Spec:
+    assert isinstance(loaded, LoadedModel), "the suite was checked for controls of it"
+    return untrained_identity(loaded)
 
 
 def to_train(runs: Sequence[TrainRun], controls: Sequence[PlannedControl]) -> list[TrainRun]:
@@ -495,6 +574,20 @@ def by_model(runs: Sequence[TrainRun], identity: Spec) -> tuple[list[TrainRun], 
     return here, [run_ for run_ in runs if run_.model != identity]
 
 
+def family(run_: TrainRun) -> str:
+    """Key of all that determines an SAE but its seed, and the seed of the SAE that it starts from."""
+    parent = None if run_.parent is None else family(run_.parent)
+    return results.key(run_.spec() | {"seed": None, "parent": parent})
+
+
+def other_seeds(candidate: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that differ from it in their seed alone, in the order of their checksums."""
+    if candidate.family is None:
+        return []
+    others = [c for c in candidates if c.family == candidate.family and c.name != candidate.name]
+    return sorted(others, key=lambda other: other.checksum)
+
+
 def with_parents(runs: Sequence[TrainRun]) -> list[TrainRun]:
     """What has to be trained for these: none is there twice."""
     needed = [*(run.parent for run in runs if run.parent is not None), *runs]
@@ -505,7 +598,9 @@ def score(bench: Workbench, runs: Sequence[EvalRun]) -> int:
     """Returns how many runs failed; the others are finished and kept."""
     streamed = [run_ for run_ in runs if isinstance(run_.eval, StreamEval)]
     texts = [run_ for run_ in runs if isinstance(run_.eval, TextEval)]
-    return _score_stream(bench, streamed) + _score_texts(bench, texts)
+    seeds = [run_ for run_ in runs if isinstance(run_.eval, SeedEval)]
+    failed = _score_stream(bench, streamed) + _score_texts(bench, texts)
+    return failed + _score_seeds(bench, seeds)
 
 
 def _score_stream(bench: Workbench, runs: Sequence[EvalRun]) -> int:
@@ -573,7 +668,97 @@ def _score_text(bench: Workbench, run_: EvalRun, sae: SAE) -> None:
 
 
 def _own_text(run_: EvalRun) -> TextEval:
-    assert isinstance(run_.eval, TextEval), "the other kind is scored on the stream"
+    assert isinstance(run_.eval, TextEval), "the other kinds are scored elsewhere"
+    return run_.eval
+
+
+def _score_seeds(bench: Workbench, runs: Sequence[EvalRun]) -> int:
+    """With evals that compare seeds, one family at a time."""
+    if not runs:
+        return 0
+    failures = _Failures()
+    families: dict[str | None, list[EvalRun]] = {}
+    with Meter("comparing SAEs with their other seeds", len(runs), "runs") as meter:
+        for run_ in runs:
+            if run_.others:
+                families.setdefault(run_.candidate.family, []).append(run_)
+                continue
+            with failures.noting([run_]):
+                _skip_seedless(bench, run_)
+            meter.advance(1)
+        for members in families.values():
+            _score_family(bench, members, failures, meter)
+    return failures.count
+
+
+def _skip_seedless(bench: Workbench, run_: EvalRun) -> None:
+    candidate = run_.candidate
+    reason = "no other seed of it is trained in this suite"
+    if candidate.family is None:
+        kind = candidate.entry.kind
+        reason = f"it would be compared with other seeds of itself, and a {kind} has none"
+    about = _provenance(bench.options.device) | _origin(candidate) | {"seconds": 0.0}
+    results.write_skip(bench.folder, run_.spec, reason, about)
+
+
+def _score_family(
+    bench: Workbench, runs: Sequence[EvalRun], failures: "_Failures", meter: Meter
+) -> None:
+    """Weights are loaded once for all of them."""
+    saes: dict[str, SAE] = {}
+    counted: dict[int, dict[str, Seeded]] = {}
+    with failures.noting(runs):
+        for run_ in runs:
+            for member in (run_.candidate, *run_.others):
+                if member.name not in saes:
+                    saes[member.name] = on_device(member.load(), bench.options.device)
+        for tokens in {_of_seeds(run_).tokens for run_ in runs}:
+            counted[tokens] = _seeded(bench, runs[0].candidate, saes, tokens)
+    for run_ in runs:
+        if not failures.has([run_]):
+            with failures.noting([run_]):
+                _score_seed(bench, run_, counted[_of_seeds(run_).tokens])
+        meter.advance(1)
+
+
+def _score_seed(bench: Workbench, run_: EvalRun, seeded: Mapping[str, Seeded]) -> None:
+    began = time.perf_counter()
+    one, others = seeded[run_.candidate.name], [seeded[other.name] for other in run_.others]
+
+    def provenance() -> Spec:
+        took = round(time.perf_counter() - began, 3)
+        about = _about(run_.candidate, one.sae)
+        return _provenance(bench.options.device) | about | {"seconds": took}
+
+    try:
+        with torch.no_grad():
+            found = _of_seeds(run_).scores(one, others)
+    except Skip as reason:
+        results.write_skip(bench.folder, run_.spec, str(reason), provenance())
+        return
+    _write(bench, run_, found, provenance())
+
+
+@torch.no_grad()
+def _seeded(
+    bench: Workbench, place: Candidate, saes: Mapping[str, SAE], tokens: int
+) -> dict[str, Seeded]:
+    """SAEs of one place with their firing rates, counted in one pass over the first tokens."""
+    fires = {name: np.zeros(sae.d_sae, dtype=np.int64) for name, sae in saes.items()}
+    n = 0
+    for batch in bench.stage_of(place).subject.evaluation(place.site, place.target):
+        x = batch.x[: tokens - n]
+        for name, sae in saes.items():
+            indices = sae.encode_sparse(x).indices
+            fires[name] += torch.bincount(indices, minlength=sae.d_sae).cpu().numpy()
+        n += len(x)
+        if n >= tokens:
+            break
+    return {name: Seeded(sae, fires[name] / max(n, 1), n) for name, sae in saes.items()}
+
+
+def _of_seeds(run_: EvalRun) -> SeedEval:
+    assert isinstance(run_.eval, SeedEval), "the other kinds are scored elsewhere"
     return run_.eval
 
 
@@ -616,8 +801,12 @@ class _Scoring:
         self.tallies: list[tuple[EvalRun, Tally]] = []
         self.needs_outcome = False
         for run_ in runs:
-            assert isinstance(run_.eval, StreamEval), "the other kind is scored on its own text"
+            assert isinstance(run_.eval, StreamEval), "the other kinds are scored elsewhere"
             try:
+                if run_.eval.needs_outcome and not bench.subject.predicts:
+                    raise Skip(
+                        "activations of a synthetic world: there is no language model whose loss could rise"
+                    )
                 if candidate.untrained_lm and run_.eval.needs_outcome:
                     raise Skip("a language model before its training predicts nothing to lose")
                 self.tallies.append((run_, run_.eval.start(self.sae, facts)))
@@ -717,7 +906,11 @@ def _about(candidate: Candidate, sae: SAE) -> Spec:
     """Where a scored SAE is from, and the checksum by which its weights are recognised in another file or format."""
     known = isinstance(sae, Dictionary | Normalized)
     weights = {"weights": weights_checksum(sae)} if known else {}
-    return weights | ({} if candidate.origin is None else {"origin": candidate.origin})
+    return weights | _origin(candidate)
+
+
+def _origin(candidate: Candidate) -> Spec:
+    return {} if candidate.origin is None else {"origin": candidate.origin}
 
 
 def weights_checksum(sae: SAE) -> str:
@@ -730,8 +923,10 @@ def weights_checksum(sae: SAE) -> str:
     return digest.hexdigest()
 
 
-def open_model(suite: Suite, suite_file: Path, options: Options) -> LoadedModel:
+def open_model(suite: Suite, suite_file: Path, options: Options) -> Loaded:
     asked, beside = suite.model, suite_file.parent
+    if asked.id is not None and asked.synthetic:
+        return load_world(asked.id, asked.dtype, options.device)
     if asked.id is not None:
         return load_model(
             _local(asked.id, beside),
@@ -761,16 +956,27 @@ def _config(given: dict[str, Any] | str, beside: Path) -> dict[str, Any]:
     return config
 
 
-def open_text(suite: Suite, suite_file: Path, tokenizer: PreTrainedTokenizerBase) -> TextTokens:
+def subject_of(loaded: Loaded, tokens: TextTokens, cache_: Cache) -> Subject:
+    if isinstance(loaded, LoadedWorld):
+        rows = world_rows_per_batch(loaded.world, tokens.context)
+        return SyntheticSubject(loaded.world, tokens, loaded.identity, cache_, rows)
+    rows = rows_per_batch(loaded.model, tokens.context)
+    return LanguageModel(loaded.model, tokens, loaded.identity, cache_, rows)
+
+
+def open_text(suite: Suite, suite_file: Path, loaded: Loaded) -> TextTokens:
     text = suite.text
+    if isinstance(loaded, LoadedWorld):
+        return world_text(text.context, text.train_tokens, text.eval_tokens, text.eval_draw)
     return tokenize(
         _source(suite, suite_file),
-        tokenizer,
+        loaded.tokenizer,
         text.context,
         text.train_tokens,
         text.eval_tokens,
         text.eval_share,
         text.train_passes,
+        Draw(text.eval_draw, text.eval_draws),
     )
 
 

@@ -25,7 +25,7 @@ from saebench.checkpoints import where
 from saebench.errors import UserError
 from saebench.runner import Workbench, predicted
 from saebench.sites import STREAMS
-from saebench.subject import LanguageModel
+from saebench.synthetic import Subject
 from saebench.types import SAE, Site
 
 N_TOKENS = 4_096
@@ -203,7 +203,7 @@ def other_places(bench: Workbench, sae: SAE, place: Place) -> list[Place]:
     """
     site, target = place
     here = _sites_of_width(bench.subject, sae.d_in)
-    layers = range(len(bench.subject.blocks))
+    layers = range(bench.subject.n_layers)
     if site == target:
         named = {bench.subject.canonical(s) for s in here}
         found = [(s, s) for s in sorted(named, key=str)]
@@ -220,9 +220,9 @@ def other_places(bench: Workbench, sae: SAE, place: Place) -> list[Place]:
     return [p for p in found if p != own]
 
 
-def _sites_of_width(subject: LanguageModel, d: int) -> set[Site]:
+def _sites_of_width(subject: Subject, d: int) -> set[Site]:
     found = set()
-    for layer in range(len(subject.blocks)):
+    for layer in range(subject.n_layers):
         for stream in STREAMS:
             with suppress(UserError):  # a block has those streams that it has
                 site = subject.canonical(Site(stream, layer))

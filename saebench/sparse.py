@@ -91,6 +91,15 @@ def concatenate(codes: list[SparseCode]) -> SparseCode:
     )
 
 
+def take(code: SparseCode, rows: Int[Tensor, " m"]) -> SparseCode:
+    """Some tokens, in this order."""
+    counts = code.offsets.diff()[rows]
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    shift = (code.offsets[rows] - offsets[:-1]).repeat_interleave(counts)
+    pairs = shift + torch.arange(len(shift), device=shift.device)
+    return SparseCode(code.indices[pairs], code.values[pairs], offsets)
+
+
 def token_chunks(x: Float[Tensor, "n d"], d_sae: int) -> tuple[Tensor, ...]:
     """Some tokens at a time, so that their dense latents stay small whatever the width."""
     rows = _CHUNK // d_sae

@@ -306,6 +306,15 @@ class Clean(NamedTuple):
     """The residual stream below the site, where the site is inside a block."""
 
 
+def random_text(model: PreTrainedModel, rows: int, context: int) -> TextTokens:
+    """Random token ids, none of them special."""
+    drawn = np.random.default_rng(0).integers(
+        _vocabulary(model), size=(rows, context), dtype=np.int32
+    )
+    documents = np.arange(rows)
+    return TextTokens(drawn, drawn, "random", "random", frozenset(), context, documents)
+
+
 def rows_per_batch(model: PreTrainedModel, context: int) -> int:
     """How many rows go through the model at once.
 
@@ -321,6 +330,9 @@ def rows_per_batch(model: PreTrainedModel, context: int) -> int:
 @final
 class LanguageModel:
     """A causal language model with its text."""
+
+    predicts = True
+    """Whether there is something to lose when an activation is replaced."""
 
     def __init__(
         self,
@@ -532,6 +544,43 @@ class LanguageModel:
     def _scored_counts(self) -> Int[np.ndarray, " rows_plus_1"]:
         per_row = _scored(self.eval_special).sum(1).numpy()
         return np.concatenate([[0], np.cumsum(per_row)])
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def parameters_below(self, site: Site) -> int:
+        """In the blocks that run until the site is known."""
+        layer = self.layer(site)
+        runs = len(self.blocks) if layer is None else layer + (site.stream != "resid_pre")
+        return sum(p.numel() for block in self.blocks[:runs] for p in block.parameters())
+
+    def parameters_above(self, site: Site) -> int:
+        """In the blocks that run when the model is resumed at the site, and in the output matrix."""
+        layer = self.layer(site)
+        first = 0 if layer is None else layer + (site.stream == "resid_post")
+        head: Any = self.model.get_output_embeddings()
+        modules = [*self.blocks[first:], head]
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that it takes on its device."""
+        # Log-probabilities with and without an SAE in float32, and some streams of the residual's width.
+        hidden = int(_text_config(self.model).hidden_size)
+        per_token = 4 * (2 * _vocabulary(self.model) + 8 * hidden)
+        return {
+            "language model": sum(p.numel() * p.element_size() for p in self.model.parameters()),
+            "its working memory": self.batch_rows * self.tokens.context * per_token,
+        }
+
+    def on_random_text(self, rows: int, context: int) -> "LanguageModel":
+        """The same model with a text of this shape, nothing of it special, for measurements of its speed."""
+        tokens = random_text(self.model, rows, context)
+        return LanguageModel(self.model, tokens, self.identity, Cache(None), rows)
 
     @property
     def _exact(self) -> torch.device:

@@ -35,6 +35,7 @@ from saebench.errors import UserError
 from saebench.sites import parse_site
 from saebench.types import Site, Spec, TextEval
 
+SYNTHETIC = "builtin:synthetic"
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 _MOST_CHARACTERS = 2**18
 _MOST_SAES = 1_000
@@ -106,7 +107,8 @@ class Model(_Strict):
     """Any causal language model of transformers. Exactly one of `id` and `config` is given."""
 
     id: str | None = None
-    """`builtin:pylm`, a Hub id, or a local folder (relative to the suite file)."""
+    """`builtin:pylm`, a Hub id, a local folder (relative to the suite file), or `builtin:synthetic-small` and
+    `builtin:synthetic-16k`: activations whose true features are known, without a language model."""
     revision: str | None = None
     """Hub commit, tag or branch; what a branch stood for is written into every result."""
     config: dict[str, Any] | str | None = None
@@ -117,6 +119,11 @@ class Model(_Strict):
     tokenizer: str | None = None
     """Beside `config`: `builtin:pylm` (where nothing is said), a Hub id, or a local folder."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it is no language model, but a world of known features."""
+        return self.id is not None and self.id.startswith(SYNTHETIC)
 
     @model_validator(mode="after")
     def _one_model(self) -> "Model":
@@ -143,7 +150,8 @@ class Model(_Strict):
 class Text(_Strict):
     """Where tokens come from. Exactly one of `source`, `dataset` and `files` is given."""
 
-    source: Literal["builtin:python-stdlib"] | None = None
+    source: Literal["builtin:python-stdlib", "builtin:synthetic"] | None = None
+    """`builtin:synthetic` goes with a model of that name, and with no other."""
     dataset: str | None = None
     """Hub id of a dataset."""
     config: str | None = None
@@ -159,6 +167,10 @@ class Text(_Strict):
     eval_tokens: PositiveInt
     eval_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the documents, by hash, that is kept from training."""
+    eval_draws: PositiveInt = 1
+    """Into how many texts the documents kept from training are dealt, by hash: none is in two of them."""
+    eval_draw: Annotated[int, Field(ge=0)] = 0
+    """Which of these texts SAEs are scored on."""
     train_passes: PositiveInt = 1
     """How often the training text may be read again when it is shorter than `train_tokens`."""
 
@@ -174,6 +186,11 @@ class Text(_Strict):
         for name in ("config", "split", "revision", "field"):
             if getattr(self, name) is not None and name not in allowed:
                 raise ValueError(f"{name} has no meaning beside {given[0]}; remove it")
+        if self.eval_draw >= self.eval_draws:
+            raise _Wrong(
+                f"eval_draw is {self.eval_draw}; expected a number below eval_draws, {self.eval_draws}",
+                "eval_draw",
+            )
         return self
 
 
@@ -186,6 +203,21 @@ class TrainingOptions(_Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the batches, and so of the encoder product, which is the only dense one; weights, gradients and the optimiser
     are in float32. bfloat16 is for processors that have it in hardware."""
+    snapshots: list[PositiveInt] = []
+    """Token counts, ascending, at which every SAE is also kept as it is by then: after the first step that reaches so
+    many. No trained weight and no score depends on them."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "TrainingOptions":
+        for i, (before, after) in enumerate(itertools.pairwise(self.snapshots), 1):
+            if after <= before:
+                raise _Wrong(
+                    f"snapshots has {after} after {before}; expected token counts that ascend, such as "
+                    f"{sorted(set(self.snapshots))}",
+                    "snapshots",
+                    i,
+                )
+        return self
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "TrainingOptions":
@@ -393,6 +425,35 @@ class Suite(_Strict):
         return self
 
     @model_validator(mode="after")
+    def _synthetic(self) -> "Suite":
+        """A world without a language model has a text, a site and SAEs of its own kind."""
+        if self.model.synthetic != (self.text.source == SYNTHETIC):
+            model = self.model.id or "that of the config"
+            raise _Wrong(
+                f"the text {SYNTHETIC} goes with the models {SYNTHETIC}-small and {SYNTHETIC}-16k, and these with no "
+                f"other text; got the model {model} and the text {self.text.source or 'of a dataset or files'}",
+                "text",
+                "source",
+            )
+        if not self.model.synthetic:
+            return self
+        for number, sae in enumerate(self.saes):
+            if isinstance(sae, Trained) and registry.get("variants", sae.variant).end_to_end:
+                raise _Wrong(
+                    f"{sae.variant} is trained through a language model, and {self.model.id} has none; drop it",
+                    "saes",
+                    str(number),
+                )
+        for number, control in enumerate(self.controls):
+            if control.value.untrained_lm:
+                raise _Wrong(
+                    f"{control.name} is of a language model, and {self.model.id} is none; drop the control",
+                    "controls",
+                    str(number),
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_batch(self) -> "Suite":
         batch, tokens = self.training.batch_tokens, self.text.train_tokens
         if tokens < batch:
@@ -401,6 +462,39 @@ class Suite(_Strict):
                 "text",
                 "train_tokens",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots(self) -> "Suite":
+        batch, tokens = self.training.batch_tokens, self.text.train_tokens
+        reached: dict[int, int] = {}
+        for i, wanted in enumerate(self.training.snapshots):
+            where = ("training", "snapshots", i)
+            if wanted > tokens:
+                raise _Wrong(
+                    f"snapshots has {wanted}; expected at most train_tokens ({tokens})", *where
+                )
+            step = step_reaching(wanted, tokens // batch, batch)
+            if step in reached:
+                raise _Wrong(
+                    f"snapshots has {reached[step]} and {wanted}, which the same step of {batch} tokens reaches; "
+                    "keep one of them, or lower batch_tokens",
+                    *where,
+                )
+            reached[step] = wanted
+        return self
+
+    @model_validator(mode="after")
+    def _snapshot_names(self) -> "Suite":
+        given = {checkpoint.name for checkpoint in self.checkpoints()}
+        for sae, tokens in itertools.product(self.trained(), self.training.snapshots):
+            name = snapshot_name(sae.name, tokens)
+            if not re.fullmatch(NAME, name):
+                raise _Wrong(
+                    f"a snapshot would be called {name!r}, which cannot name a file", "saes"
+                )
+            if name in given:
+                raise _Wrong(f"a snapshot and a checkpoint are both called {name!r}", "saes")
         return self
 
     def trained(self) -> list[TrainedSAE]:
@@ -450,10 +544,22 @@ class Suite(_Strict):
 
     def definition(self) -> Spec:
         """The suite as plain data, for the record beside its results."""
-        plain = self.model_dump(mode="json", exclude={"controls", "evals", "reports", "sites"})
+        # Snapshots change nothing of the results that the record lies beside.
+        apart = {"controls": True, "evals": True, "reports": True, "sites": True}
+        plain = self.model_dump(mode="json", exclude={**apart, "training": {"snapshots"}})
         for kind in ("controls", "evals", "reports"):
             plain[kind] = [{p.name: dataclasses.asdict(p.value)} for p in getattr(self, kind)]
         return plain | {"sites": [str(site) for site in self.sites]}
+
+
+def step_reaching(tokens: int, steps: int, batch_tokens: int) -> int:
+    """How many steps it takes to have seen so many tokens: all of them for what is left beside whole batches."""
+    return min(math.ceil(tokens / batch_tokens), steps)
+
+
+def snapshot_name(sae: str, tokens: int) -> str:
+    """Of an SAE as it was after so many tokens."""
+    return f"{sae}-at-{tokens}"
 
 
 def load(path: Path) -> Suite:

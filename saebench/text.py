@@ -40,6 +40,16 @@ class Document(NamedTuple):
     text: str
 
 
+class Draw(NamedTuple):
+    """One of several texts that the documents kept from training are dealt into."""
+
+    number: int
+    of: int
+
+
+WHOLE = Draw(0, 1)
+
+
 class TokenDocument(NamedTuple):
     """A document that came as token ids of the model's own tokenizer."""
 
@@ -133,11 +143,21 @@ def documents(source: Source) -> Iterator[Document | TokenDocument]:
 
 def is_eval(document: Document | TokenDocument, eval_share: float) -> bool:
     """Whether a document is kept for evaluation: by its content, never by place or name."""
+    return (
+        int.from_bytes(hashlib.sha256(_content(document)).digest()[:8], "big") / 2**64 < eval_share
+    )
+
+
+def hand_of(document: Document | TokenDocument, n: int) -> int:
+    """To which of n texts a document is dealt: by its content too, and apart from the side it is on."""
+    digest = hashlib.sha256(b"hand of " + _content(document)).digest()
+    return int.from_bytes(digest[:8], "big") % n
+
+
+def _content(document: Document | TokenDocument) -> bytes:
     if isinstance(document, TokenDocument):
-        content = document.ids.astype("<i8").tobytes()
-    else:
-        content = document.text.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64 < eval_share
+        return document.ids.astype("<i8").tobytes()
+    return document.text.encode("utf-8", "surrogatepass")
 
 
 def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite names each)
@@ -148,6 +168,7 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     eval_tokens: int,
     eval_share: float = 0.1,
     train_passes: int = 1,
+    draw: Draw = WHOLE,
 ) -> TextTokens:
     """Just enough rows for both amounts; reading stops there.
 
@@ -161,7 +182,7 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     least = -(-train_tokens // train_passes)
     train = _Side(train_tokens, context, between, special, None)
     held_out = _Side(eval_tokens, context, between, special, EVAL_ROWS * context)
-    wanted = _wanted(documents(source), train, held_out, eval_share)
+    wanted = _wanted(documents(source), train, held_out, eval_share, draw)
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
     if not (train.has(least) and held_out.has(eval_tokens)):
@@ -277,7 +298,11 @@ def _some_of(ids: Int[np.ndarray, " n"], most: int | None) -> Int[np.ndarray, " 
 
 
 def _wanted(
-    found: Iterator[Document | TokenDocument], train: _Side, held_out: _Side, eval_share: float
+    found: Iterator[Document | TokenDocument],
+    train: _Side,
+    held_out: _Side,
+    eval_share: float,
+    draw: Draw,
 ) -> Iterator[tuple[_Side, Document | TokenDocument]]:
     """Documents with the side they are on, until both sides are full."""
     while not (train.full and held_out.full):
@@ -285,7 +310,7 @@ def _wanted(
         if document is None:
             return
         side = held_out if is_eval(document, eval_share) else train
-        if not side.full:
+        if not side.full and (side is train or hand_of(document, draw.of) == draw.number):
             yield side, document
 
 

@@ -14,8 +14,9 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from saebench.errors import UserError
 from saebench.loaders._native import FORMAT, read_native
 from saebench.progress import Meter, say
 from saebench.saes._dictionary import Dictionary, Scaling
-from saebench.suite import TrainedSAE
+from saebench.suite import TrainedSAE, step_reaching
 from saebench.types import Site, Spec
 from saebench.variants._training import (
     DictionaryTraining,
@@ -48,6 +49,9 @@ VERSION = 2
 """Raised by every change that can move a trained weight."""
 
 SECONDS_BETWEEN_SAVES = 20.0
+_SNAPSHOTS = "snapshots"
+_RETRAINING = "retraining"
+"""Where a finished SAE is trained again for its snapshots; what is made there moves out of it at the end."""
 # What torch.load and load_state_dict raise, depending on which byte is wrong.
 _DAMAGED = (
     RuntimeError,
@@ -130,18 +134,39 @@ class TrainRun:
         return checkpoints / f"{self.sae.name}--{results.key(self.spec())}"
 
     def done(self, checkpoints: Path) -> bool:
-        return (self.folder(checkpoints) / "sae.json").exists()
+        return _is_whole(self.folder(checkpoints))
 
     def checksum(self, checkpoints: Path) -> str:
         """Of the trained weights, as the record says: what they are is checked when they are loaded."""
-        record = self.folder(checkpoints) / "sae.json"
-        try:
-            return str(json.loads(record.read_text(encoding="utf-8"))["checksum"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{record} is damaged: expected JSON with a checksum; delete the folder to train the "
-                "SAE again, or restore the file"
-            ) from None
+        return recorded_checksum(self.folder(checkpoints))
+
+    def snapshot(self, checkpoints: Path, tokens: int) -> Path:
+        """Where the SAE is as it was after the first step that reached so many tokens."""
+        return self.folder(checkpoints) / _SNAPSHOTS / str(tokens)
+
+    def snapshots_missing(self, checkpoints: Path, snapshots: Sequence[int]) -> list[int]:
+        """Those of the wanted token counts that there is no snapshot of."""
+        return [n for n in snapshots if not _is_whole(self.snapshot(checkpoints, n))]
+
+    def to_train(self, checkpoints: Path, snapshots: Sequence[int]) -> bool:
+        """Whether it is not trained yet, or lacks a snapshot that only a training can give."""
+        return not self.done(checkpoints) or bool(self.snapshots_missing(checkpoints, snapshots))
+
+
+def recorded_checksum(folder: Path) -> str:
+    """Of the weights of a checkpoint or a snapshot, as its record says."""
+    record = folder / "sae.json"
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["checksum"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{record} is damaged: expected JSON with a checksum; delete the folder to train the "
+            "SAE again, or restore the file"
+        ) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "sae.json").exists()
 
 
 class Stream:
@@ -270,19 +295,31 @@ def _handed_over(block: dict[Site, Tensor]) -> dict[Site, Tensor]:
     return block
 
 
-def train_missing(runs: list[TrainRun], stream: Stream, checkpoints: Path, device: str) -> None:
+def train_missing(
+    runs: list[TrainRun], stream: Stream, snapshots: Sequence[int], checkpoints: Path, device: str
+) -> None:
     """Trains what has no checkpoint yet, in as few passes as memory allows. Stopped work is continued.
 
-    What starts from another SAE is trained after it.
+    `snapshots` are token counts at which each SAE is also kept as it is by then. What is finished and lacks one of
+    them is trained again from the start, to the same bits, and keeps its checkpoint. What starts from another SAE is
+    trained after it.
     """
+    missing = [run for run in runs if run.to_train(checkpoints, snapshots)]
     for run in runs:
         if run.done(checkpoints):
-            _tidy(run.folder(checkpoints))
-    for stage in stages([run for run in runs if not run.done(checkpoints)]):
+            _tidy(run.folder(checkpoints), keep_retraining=run in missing)
+    if again := sum(run.done(checkpoints) for run in missing):
+        say(f"{again} SAEs that are finished are trained again for their snapshots")
+    for stage in stages(missing):
         groups = split_groups(stage, widths_of(stream), memory_for_training(device))
         for number, group in enumerate(groups, 1):
             which = f" (group {number} of {len(groups)})" if len(groups) > 1 else ""
-            _train_group(group, stream, checkpoints, device, f"training {len(group)} SAEs{which}")
+            _train_group(
+                [_Pupil(run, stream, snapshots, checkpoints, device) for run in group],
+                stream,
+                device,
+                f"training {len(group)} SAEs{which}",
+            )
 
 
 def stages(runs: list[TrainRun]) -> list[list[TrainRun]]:
@@ -324,9 +361,22 @@ def training_bytes(run: TrainRun, d_in: int, d_out: int) -> int:
 class _Pupil:
     """One SAE of a group with its optimiser and the step it has reached."""
 
-    def __init__(self, run: TrainRun, stream: Stream, checkpoints: Path, device: str) -> None:
+    def __init__(
+        self,
+        run: TrainRun,
+        stream: Stream,
+        snapshots: Sequence[int],
+        checkpoints: Path,
+        device: str,
+    ) -> None:
         self.run, self.stream, self.step = run, stream, 0
         self.folder, self.device = run.folder(checkpoints), device
+        self.again = run.done(checkpoints)
+        """Whether it is trained for its snapshots alone."""
+        self.work = self.folder / _RETRAINING if self.again else self.folder
+        self.snapshots = {
+            step_reaching(tokens, stream.steps, stream.batch_tokens): tokens for tokens in snapshots
+        }
         self.training: Training = run.sae.recipe.start(self._task(checkpoints)).to(device)
         if run.frozen:
             assert isinstance(self.training, DictionaryTraining), "planned from one with a decoder"
@@ -334,7 +384,7 @@ class _Pupil:
         self.optimizer = optimizer_of(self.training, run.sae.recipe)
         precise = run.sae.recipe.float32 or run.dtype == "float32"
         self.dtype = torch.float32 if precise else torch.bfloat16
-        self.state = self.folder / "training.pt"
+        self.state = self.work / "training.pt"
         if self.state.exists():
             self._restore(device)
 
@@ -349,6 +399,9 @@ class _Pupil:
             lesson = Lesson(x, batch[sae.target], progress, generator, None)
         learn(self.training, self.optimizer, sae.recipe, lesson, 1 / self.stream.steps)
         self.step += 1
+        # Before the state of this step can be saved: where that exists, so do the snapshots up to it.
+        if self.step in self.snapshots:
+            self._keep(self.snapshots[self.step])
 
     def _task(self, checkpoints: Path) -> Task:
         sae, statistics = self.run.sae, self.stream.statistics()
@@ -394,8 +447,39 @@ class _Pupil:
         with results.whole_file(self.state, content.tell()) as file:
             file.write(content.getbuffer())
 
-    def finish(self) -> None:
-        """Writes the checkpoint, the record last, and drops the training state."""
+    def finish(self) -> bool:
+        """Writes the checkpoint, the record last, and drops the training state.
+
+        What is trained again leaves its snapshots alone, and none where it has become another SAE: then False.
+        """
+        sae = self._exported()
+        same = not self.again or _checksum(_content(sae)) == recorded_checksum(self.folder)
+        if not self.again:
+            write_checkpoint(self.folder, sae, self.run)
+        elif same:
+            self._hand_over()
+        _tidy(self.folder, keep_retraining=False)
+        return same
+
+    def _keep(self, tokens: int) -> None:
+        """A snapshot of what is trained so far."""
+        place = self.work / _SNAPSHOTS / str(tokens)
+        seen = self.step * self.stream.batch_tokens
+        write_checkpoint(place, self._exported(), self.run, tokens_seen=seen)
+
+    def _hand_over(self) -> None:
+        """New snapshots move to where the finished SAE is."""
+        for made in (self.work / _SNAPSHOTS).iterdir():
+            place = self.folder / _SNAPSHOTS / made.name
+            if _is_whole(place) or not _is_whole(made):
+                continue
+            if place.exists():  # what a killed process left half written
+                shutil.rmtree(place)
+            place.parent.mkdir(exist_ok=True)
+            made.rename(place)
+
+    def _exported(self) -> Dictionary:
+        """The SAE as it is now, of raw activations."""
         statistics = self.stream.statistics()
         read, predicted = (
             statistics[site].cpu() for site in (self.run.sae.site, self.run.sae.target)
@@ -405,14 +489,22 @@ class _Pupil:
             sae.fold(read, predicted)
         if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
             raise UserError(
-                f"training {self.run.sae.name} ended in weights that are not finite; lower its lr"
+                f"training {self.run.sae.name} led to weights that are not finite; lower its lr"
             )
-        write_checkpoint(self.folder, sae, self.run)
-        _tidy(self.folder)
+        return sae
+
+    def _snapshots_until(self, step: int) -> bool:
+        """Whether all that were to be made by this step are there."""
+        due = [str(tokens) for at, tokens in self.snapshots.items() if at <= step]
+        places = [folder / _SNAPSHOTS for folder in (self.work, self.folder)]
+        return all(any(_is_whole(place / tokens) for place in places) for tokens in due)
 
     def _restore(self, device: str) -> None:
+        """Where the training was stopped; at the start, where a snapshot is wanted now that it has gone past."""
         try:
             state = torch.load(self.state, map_location=device, weights_only=True)
+            if not self._snapshots_until(int(state["step"])):
+                return
             self.training.load_state_dict(state["training"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = int(state["step"])
@@ -467,18 +559,22 @@ def _inverse(scaling: Scaling) -> Scaling:
     return Scaling(-scaling.mean / scaling.scale, 1 / scaling.scale)
 
 
-def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
-    """`sae.safetensors`, then `sae.json`: a record that exists is a checkpoint that is whole."""
+def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun, **beside: int) -> None:
+    """`sae.safetensors`, then `sae.json`: a record that exists is a checkpoint that is whole.
+
+    `beside` is recorded beside the training that the weights are from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    content = save({name: w.contiguous() for name, w in sae.state_dict().items()})
+    content = _content(sae)
     record = {
         "format": FORMAT,
         "architecture": type(sae).__module__.rpartition(".")[2],
         "arguments": sae.arguments(),
         "site": dataclasses.asdict(run.sae.site),
         "target": dataclasses.asdict(run.sae.target),
-        "checksum": hashlib.sha256(content).hexdigest(),
+        "checksum": _checksum(content),
         "training": run.spec(),
+        **beside,
         "software": {
             "saebench": saebench.__version__,
             "torch": torch.__version__,
@@ -489,21 +585,30 @@ def write_checkpoint(folder: Path, sae: Dictionary, run: TrainRun) -> None:
     results.write_text_whole(folder / "sae.json", json.dumps(record, indent=2) + "\n")
 
 
-def _tidy(folder: Path) -> None:
+def _content(sae: Dictionary) -> bytes:
+    """As safetensors."""
+    content: bytes = save({name: w.contiguous() for name, w in sae.state_dict().items()})
+    return content
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _tidy(folder: Path, keep_retraining: bool) -> None:
     """Removes what only unfinished training needs, and what a killed process left half written."""
-    for leftover in [folder / "training.pt", *folder.glob(".*.partial")]:
+    for leftover in [folder / "training.pt", *folder.rglob(".*.partial")]:
         leftover.unlink(missing_ok=True)
+    if not keep_retraining and (folder / _RETRAINING).exists():
+        shutil.rmtree(folder / _RETRAINING)
 
 
-def _train_group(
-    group: list[TrainRun], stream: Stream, checkpoints: Path, device: str, what: str
-) -> None:
-    pupils = [_Pupil(run, stream, checkpoints, device) for run in group]
+def _train_group(pupils: list[_Pupil], stream: Stream, device: str, what: str) -> None:
     first = min(pupil.step for pupil in pupils)
     if first:
         say(f"continuing at step {first} of {stream.steps}")
     saved, pause = time.monotonic(), SECONDS_BETWEEN_SAVES
-    alone = not any(run.sae.recipe.end_to_end for run in group)
+    alone = not any(pupil.run.sae.recipe.end_to_end for pupil in pupils)
     with (
         Meter(
             what, stream.steps * stream.batch_tokens, "tokens", first * stream.batch_tokens
@@ -523,8 +628,13 @@ def _train_group(
                     pupil.save()
                 saved = time.monotonic()
                 pause = max(SECONDS_BETWEEN_SAVES, 20 * (saved - began))
-    for pupil in pupils:
-        pupil.finish()
+    if differing := [pupil for pupil in pupils if not pupil.finish()]:
+        raise UserError(
+            f"trained again for its snapshots, {', '.join(pupil.run.sae.name for pupil in differing)} ended in other "
+            "weights than those there are: they are from another machine, version of torch or number of threads. "
+            f"Nothing was overwritten. Delete {', '.join(str(pupil.folder) for pupil in differing)} to train anew with "
+            "snapshots, or take training.snapshots out of the suite"
+        )
 
 
 def _schedule(before: float, after: float, warmup: float, decay: float) -> float:

@@ -193,7 +193,7 @@ class Tally(Protocol):
 
 @dataclass(frozen=True)
 class Eval(ABC):
-    """A frozen dataclass whose fields are its parameters: either a `StreamEval` or a `TextEval`."""
+    """A frozen dataclass whose fields are its parameters: a `StreamEval`, a `TextEval` or a `SeedEval`."""
 
     version: ClassVar[int]
     metrics: ClassVar[tuple[Metric, ...]]
@@ -279,6 +279,32 @@ class TextEval(Eval):
 
         Raises `Skip` where the eval does not apply.
         """
+
+
+class Seeded(NamedTuple):
+    """One of several SAEs that differ in their seed alone."""
+
+    sae: SAE
+    density: Float[np.ndarray, " d_sae"]
+    """Firing rate of each latent on tokens that are the same for all seeds."""
+    n_tokens: int
+    """How many these are."""
+
+
+@dataclass(frozen=True)
+class SeedEval(Eval):
+    """Compares an SAE that the suite trains with those that differ from it in their seed alone."""
+
+    tokens: int = 131_072
+    """The first of the evaluation text, all where it has fewer: firing rates are counted on these."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}; expected 1 or more")
+
+    @abstractmethod
+    def scores(self, one: Seeded, others: Sequence[Seeded]) -> Sequence[Score | Omitted]:
+        """Of one SAE beside one or more others. Raises `Skip` where the eval does not apply."""
 
 
 class Facts(NamedTuple):

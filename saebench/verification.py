@@ -56,6 +56,7 @@ from saebench.types import (
     Omitted,
     Outcome,
     Score,
+    SeedEval,
     Seen,
     Skip,
     SparseCode,
@@ -197,6 +198,9 @@ def _wrong_eval(run: Run) -> Iterator[str]:
     eval_ = registry.get("evals", about["name"])
     if about["version"] != eval_.version:
         yield f"{about['name']} is of version {about['version']}; this saebench has {eval_.version}"
+        return
+    if issubclass(eval_, SeedEval) and "scores" in run.content:
+        yield f"{about['name']} compares seeds, and a submission has one alone: it has to be skipped"
         return
     known = {metric.name: metric for metric in eval_.metrics}
     for score in run.content.get("scores", ()):
@@ -478,7 +482,8 @@ def _stream_again(
     whole = n_scored == facts.n_sequences
     tallied, unchecked, problems = _started(found, bench, sae, facts)
     outcome = any(one.eval.needs_outcome for one in tallied)
-    for number, batch in enumerate(subject.evaluation(candidate.site, candidate.target)):
+    batches: Iterator[Batch] = subject.evaluation(candidate.site, candidate.target)
+    for number, batch in enumerate(batches):
         if number in sample:
             code = sae.encode_sparse(batch.x)
             x_hat = predicted(sae, batch.x, code)

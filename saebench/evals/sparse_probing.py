@@ -432,12 +432,7 @@ def _best(question: _Question, k: int) -> Int[Tensor, " at_most_k"]:
 
 def _rows(question: _Question, part: int) -> SparseCode:
     """Of the examples of one part of the split."""
-    code, rows = question.features.code, question.examples[part]
-    counts = code.offsets.diff()[rows]
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    shift = (code.offsets[rows] - offsets[:-1]).repeat_interleave(counts)
-    pairs = shift + torch.arange(len(shift), device=shift.device)
-    return SparseCode(code.indices[pairs], code.values[pairs], offsets)
+    return sparse.take(question.features.code, question.examples[part])
 
 
 def _columns(
