@@ -329,6 +329,40 @@ def report(
 
 
 @app.command()
+def audit(  # noqa: PLR0913  (the options of the command)
+    suite: SuiteFile,
+    results: ResultsOption = Path("results"),
+    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs go")] = Path("checkpoints"),
+    cache: CacheOption = Path("cache"),
+    device: DeviceOption = "auto",
+    draws: Annotated[int, typer.Option(help="evaluation texts that are drawn", min=2)] = 5,
+    references: Annotated[
+        int, typer.Option(help="SAEs that are scored under every condition", min=3)
+    ] = 6,
+    seeds: Annotated[
+        int, typer.Option(help="trainings of three of them, where the suite has fewer", min=1)
+    ] = 3,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="results of an audited suite on a synthetic subject, which say how metrics agree with true features; "
+            "if not given, synthetic_small beside the suite's own, where it is there"
+        ),
+    ] = None,
+) -> None:
+    """Measure how far each metric of a suite can be relied on: the reliability card."""
+    path = _suite_path(suite)
+    loaded = _load_suite(path)
+    from saebench import auditor, runner
+    from saebench.reports import _card
+
+    options = runner.Options(results, checkpoints, cache, _device(device), None, False)
+    extent = auditor.Extent(draws, references, seeds)
+    card = auditor.audit(loaded, path, options, extent, truth or auditor.panel_beside(results))
+    _print(_card.text(card))
+
+
+@app.command()
 def compare(  # noqa: PLR0913  (the options of the command)
     results: Annotated[
         list[Path],

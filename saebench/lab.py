@@ -1,4 +1,4 @@
-"""A language model to which evals bring their own text (`types.Lab`).
+"""A language model, or a synthetic world, to which evals bring their own text (`types.Lab`).
 
 Texts of different length go through the model side by side, filled up at their ends: a causal model sees nothing of
 what comes after a token, so that the filling changes nothing before it.
@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.synthetic import Subject
-from saebench.types import Excerpt, Site, Spec
+from saebench.synthetic import Subject, SyntheticSubject
+from saebench.types import Excerpt, KnownTokens, Site, SparseCode, Spec, Truth
 
 LONGEST = 1024
 """Tokens of an excerpt, also where the model has positions for more."""
@@ -27,6 +27,16 @@ class ModelLab:
         self.subject, self.tokenizer, self.folder = subject, tokenizer, folder
         self.identity = subject.identity
         self.longest = min(LONGEST, subject.longest or LONGEST)
+
+    @property
+    def truth(self) -> Truth | None:
+        return self.subject.truth if isinstance(self.subject, SyntheticSubject) else None
+
+    def known_tokens(self, seed: int, n: int) -> KnownTokens:
+        assert isinstance(self.subject, SyntheticSubject), "asked of a lab that has a truth"
+        rows = self.subject.task_rows(seed, n)
+        features = self.subject.sample(torch.from_numpy(rows)).features
+        return KnownTokens(rows.astype(np.int64), SparseCode(*(part.cpu() for part in features)))
 
     def width(self, site: Site) -> int:
         return self.subject.width(site)

@@ -24,16 +24,18 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import accumulate, combinations, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Final, Literal, NamedTuple, final
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from saebench import codelabels, text
+from saebench import codelabels, text, worldlabels
 from saebench.codelabels import LEAST_PER_CLASS, SPLITS, lacking
 from saebench.errors import UserError
 from saebench.types import Excerpt, Lab, Omitted, Spec
 
+STDLIB: Final = "builtin:python-stdlib"
+SYNTHETIC: Final = "builtin:synthetic"
 MOST_CLASSES = 20
 """Of a dataset: numbers of more values than these are quantities."""
 SHARED = 0.1
@@ -53,8 +55,9 @@ _BROKEN = (OSError, EOFError, zlib.error, ValueError, NotImplementedError, Recur
 class Texts:
     """Labelled datasets of one origin: exactly one of `source`, `files` and `dataset` is given."""
 
-    source: Literal["builtin:python-stdlib"] | None = None
-    """The tokens of held-out Python source, with the labels of `codelabels`."""
+    source: Literal["builtin:python-stdlib", "builtin:synthetic"] | None = None
+    """The tokens of held-out Python source, with the labels of `codelabels`; or tokens of the synthetic world that the
+    suite is about, with those of `worldlabels`."""
     files: str | None = None
     """A path or pattern of .csv, .csv.zst, .csv.gz, .jsonl or .parquet files, relative to the suite file. Each file is
     a dataset."""
@@ -185,11 +188,12 @@ def read(datasets: Sequence[Texts], lab: Lab, options: Options) -> Labelled:
     even where that is everything.
     """
     _check(options)
+    _check_sources(datasets, lab)
     found: list[_Found] = []
     omitted: list[Omitted] = []
     for texts in datasets:
         if texts.source is not None:
-            found += _code(lab, options, omitted)
+            found += _built_in(texts.source, lab, options, omitted)
             continue
         for name, load in _tables(texts, lab.folder):
             try:
@@ -211,21 +215,37 @@ def _check(options: Options) -> None:
             )
 
 
-def _code(lab: Lab, options: Options, omitted: list[Omitted]) -> list[_Found]:
-    code = codelabels.read(lab, options[:3], options.seed)
-    omitted += code.omitted
-    if not code.tasks:
+def _check_sources(datasets: Sequence[Texts], lab: Lab) -> None:
+    """A world has no text but its own, and a language model has no world."""
+    for texts in datasets:
+        if (texts.source == SYNTHETIC) != (lab.truth is not None):
+            raise UserError(
+                f"the labelled tokens of {SYNTHETIC} go with the models {SYNTHETIC}-small and {SYNTHETIC}-16k, and "
+                f"these with no other texts; got the model {lab.identity['id']} and the texts "
+                f"{', '.join(map(str, texts.identity().values()))}"
+            )
+
+
+def _built_in(source: str, lab: Lab, options: Options, omitted: list[Omitted]) -> list[_Found]:
+    if source == SYNTHETIC:
+        assert lab.truth is not None, "the sources were checked"
+        name, read_ = worldlabels.NAME, partial(worldlabels.read, lab, lab.truth)
+    else:
+        name, read_ = codelabels.NAME, partial(codelabels.read, lab)
+    found = read_(options[:3], options.seed)
+    omitted += found.omitted
+    if not found.tasks:
         return []
-    n = len(code.split)
+    n = len(found.split)
     made = ProbeSet(
-        name=codelabels.NAME,
-        source=codelabels.NAME,
+        name=name,
+        source=name,
         pool="token",
-        excerpts=code.excerpts,
+        excerpts=found.excerpts,
         example_of=np.arange(n),
         n_examples=n,
-        split=code.split,
-        tasks=tuple(Task(name, *drawn) for name, drawn in code.tasks.items()),
+        split=found.split,
+        tasks=tuple(Task(task, *drawn) for task, drawn in found.tasks.items()),
         each_alone=True,
     )
     return [_Found(made, frozenset())]

@@ -65,10 +65,20 @@ class Chance(NamedTuple):
     side to its nearest, which is a little above it."""
 
 
+def cosines(
+    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], signed: bool
+) -> Iterator[Float[Tensor, "chunk n"]]:
+    """Of all rows of a with all of b, some rows at a time."""
+    a, b = _unit(a), _unit(b)
+    for rows in a.split(max(1, _CHUNK // len(b))):
+        found = (rows @ b.T).clamp_(-1, 1)
+        yield found if signed else found.abs_()
+
+
 def nearest(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], signed: bool) -> Nearest:
     """Of each row of a the row of b with the largest cosine, on their device."""
     _check(a, b)
-    best = [chunk.max(-1) for chunk in _cosines(_unit(a), _unit(b), signed)]
+    best = [chunk.max(-1) for chunk in cosines(a, b, signed)]
     return Nearest(torch.cat([c.values for c in best]), torch.cat([c.indices for c in best]))
 
 
@@ -88,7 +98,7 @@ def assigned(a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], signed: bool) -> 
     # Doubles, negated: what SciPy works on, so that it makes no copy of its own.
     cost = np.empty((len(a), len(b)))
     start = 0
-    for chunk in _cosines(_unit(a), _unit(b), signed):
+    for chunk in cosines(a, b, signed):
         np.negative(chunk.cpu().numpy(), out=cost[start : start + len(chunk)])
         start += len(chunk)
     rows, columns = linear_sum_assignment(cost)
@@ -177,12 +187,3 @@ def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     # In doubles, so that the squares of small numbers are not zero.
     norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64).float()
     return rows / torch.where(norms > 0, norms, 1)
-
-
-def _cosines(
-    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], signed: bool
-) -> Iterator[Float[Tensor, "chunk n"]]:
-    """Of all unit rows of a with all of b, some rows at a time."""
-    for rows in a.split(max(1, _CHUNK // len(b))):
-        cosines = (rows @ b.T).clamp_(-1, 1)
-        yield cosines if signed else cosines.abs_()

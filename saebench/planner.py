@@ -35,7 +35,7 @@ from saebench.progress import Meter
 from saebench.runner import GROUP, Options, PlannedControl, Workbench, subject_of
 from saebench.subject import LoadedModel, random_text
 from saebench.suite import Suite, TrainedSAE
-from saebench.synthetic import Subject
+from saebench.synthetic import Subject, SyntheticSubject
 from saebench.trainer import TrainRun
 from saebench.types import Batch, Facts, SeedEval, Seen, Site, Skip, StreamEval, TextEval
 from saebench.variants._training import Downstream, Lesson, Task
@@ -403,7 +403,7 @@ def device_bytes(work: Work) -> dict[str, int]:
 def disk_bytes(work: Work) -> dict[str, int]:
     """What a run writes; the training state only until a group is trained."""
     weights = [[_weights_bytes(work, run) for run in group] for group in work.groups]
-    units = {"sequence": work.eval_rows, "dataset": 0}
+    units = {"sequence": work.eval_rows, "dataset": 0, "feature": _n_features(work.lm)}
     metrics = [metric for eval_ in work.suite.evals for metric in eval_.value.metrics]
     return {
         "cache": _cache_bytes(work.lm, work.suite, work.widths, work.eval_rows)
@@ -417,6 +417,11 @@ def disk_bytes(work: Work) -> dict[str, int]:
             for metric in metrics
         ),
     }
+
+
+def _n_features(lm: Subject) -> int:
+    """That are known: of a language model none are."""
+    return lm.world.recipe.n_features if isinstance(lm, SyntheticSubject) else 0
 
 
 def _group_bytes(work: Work, group: Sequence[TrainRun]) -> int:

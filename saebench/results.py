@@ -3,6 +3,7 @@
 results/<suite>/suite.json                         what the suite consists of now
 results/<suite>/runs/<sae>--<eval>--<hash12>.json  {spec, scores or skipped, provenance}
 results/<suite>/runs/<same>.units.parquet          metric, unit, num, den: what was summed
+results/<suite>/audit.json                         how far its metrics can be relied on, where that was measured
 
 A run is named by the hash of everything that determined it, so a file that exists is a run that is
 done, and changing anything makes another file. Files are written whole: beside their place, synced,
@@ -25,8 +26,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from saebench import stats
+from saebench import reliability, stats
 from saebench.errors import UserError
+from saebench.reliability import Verdict
 from saebench.stats import Floats, Numbers, Statistic
 
 Spec = Mapping[str, Any]
@@ -158,6 +160,8 @@ class Results(NamedTuple):
     folder: Path
     model: str
     text: str
+    audits: tuple[Verdict, ...]
+    """What is known of how far its metrics can be relied on."""
 
 
 def key(spec: Spec) -> str:
@@ -373,6 +377,7 @@ def read(folder: Path) -> Results:
         folder=folder,
         model=_describe_model(definition.get("model", {})),
         text=_describe_text(definition.get("text", {})),
+        audits=reliability.applying(folder),
     )
 
 
@@ -635,7 +640,7 @@ def _run_rows(path: Path, name: str, saes: Mapping[str, Any]) -> _RunRows:
     asked = {
         "sae": sae,
         "eval": spec["eval"]["name"],
-        "params": _describe_params(spec["eval"]["params"]),
+        "params": reliability.written_out(spec["eval"]["params"]),
         "file": name,
     }
     if "skipped" in run:
@@ -705,10 +710,6 @@ def column(units: Units | ScoreRow, statistic: Statistic) -> stats.Column:
     """What is resampled: the units, or what they are from where several are from one source."""
     whole = stats.Column(units.num, units.den, statistic)
     return whole if units.clusters is None else stats.clustered(whole, list(units.clusters))
-
-
-def _describe_params(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={params[k]}" for k in sorted(params))
 
 
 def _describe_model(model: Mapping[str, Any]) -> str:

@@ -29,10 +29,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import saebench
-from saebench import isolation, results, submitted, trainer
+from saebench import isolation, reliability, results, submitted, trainer
 from saebench.cache import Cache
 from saebench.checkpoints import Opened, one_at, open_checkpoint, where
-from saebench.controls._control import Asked, Material, Planned, TrainedControl
+from saebench.controls._control import Asked, Known, Material, Planned, TrainedControl
 from saebench.errors import NothingToShow, UserError
 from saebench.lab import ModelLab
 from saebench.loaders._files import Limits
@@ -261,7 +261,7 @@ class Workbench:
     def candidates(self) -> list[Candidate]:
         """SAEs that are trained by now, checkpoints and controls, in the suite's order."""
         runs = self.train_runs()
-        trained = [self._trained(run) for run in runs if run.done(self.options.checkpoints)]
+        trained = [self.trained(run) for run in runs if run.done(self.options.checkpoints)]
         planned = planned_controls(self.suite, self.loaded, runs)
         controls = filter(None, (self._control(control, runs) for control in planned))
         return [*trained, *self._given, *controls]
@@ -289,7 +289,7 @@ class Workbench:
     def _finished(self, run_: TrainRun) -> Candidate | None:
         """One of the suite's own SAEs, or a trained control."""
         if not run_.frozen and run_.model == self.subject.identity:
-            return self._trained(run_)
+            return self.trained(run_)
         planned = {control.name: control for control in self.controls()}
         return self._control(planned[run_.sae.name], [])
 
@@ -335,7 +335,7 @@ class Workbench:
             parent=None if parent is None else self._train_run(parent),
         )
 
-    def _trained(self, run: TrainRun) -> Candidate:
+    def trained(self, run: TrainRun) -> Candidate:
         sae = run.sae
         folder = run.folder(self.options.checkpoints)
         checksum = run.checksum(self.options.checkpoints)
@@ -438,7 +438,9 @@ class Workbench:
         def load() -> SAE:
             x = self.stream.calibration(site, _CALIBRATION_TOKENS).cpu()
             material = Material(
-                x, lambda parent: _native(parents[parent].folder(self.options.checkpoints))
+                x,
+                lambda parent: _native(parents[parent].folder(self.options.checkpoints)),
+                _known(self.subject),
             )
             with torch.no_grad():
                 sae: SAE = control.value.build(plan, material)
@@ -773,6 +775,7 @@ def write_reports(suite: Suite, folder: Path) -> None:
         "manifest": (folder / "suite.json").read_text(encoding="utf-8"),
         "runs": sorted(path.name for path in (folder / "runs").glob("*")),
         "reports": [[r.name, dataclasses.asdict(r.value)] for r in suite.reports],
+        "audits": reliability.applying(folder),
     }
     note, key = folder / ".reports", results.key(basis)
     whole = all(path.exists() for report in wanted for path in report.files(folder))
@@ -995,6 +998,12 @@ def _local(name: str, beside: Path) -> str:
     """Local folders are meant from where the suite file is."""
     folder = beside / name
     return str(folder) if folder.is_dir() else name
+
+
+def _known(subject: Subject) -> Known | None:
+    if isinstance(subject, SyntheticSubject):
+        return Known(subject.truth, subject.features_of)
+    return None
 
 
 def _native(folder: Path) -> Dictionary:

@@ -340,6 +340,12 @@ class TrainedSAE(NamedTuple):
     of: str | None
     """The variant of the SAE that it starts from."""
 
+    def with_seed(self, seed: int) -> "TrainedSAE":
+        """The same recipe, trained anew."""
+        start = f"{self.variant}-w{self.width}-l{self.l0:g}-s"
+        rest = self.name.removeprefix(f"{start}{self.seed}")
+        return self._replace(name=f"{start}{seed}{rest}", seed=seed)
+
 
 class Suite(_Strict):
     """One suite file."""
@@ -365,6 +371,20 @@ class Suite(_Strict):
     controls: list[Annotated[Plugin, _plugin("controls")]] = []
     evals: Annotated[list[Annotated[Plugin, _plugin("evals")]], Field(min_length=1)]
     reports: list[Annotated[Plugin, _plugin("reports")]] = []
+
+    @field_validator("evals")
+    @classmethod
+    def _filled_in(cls, evals: list[Plugin], info: Any) -> list[Plugin]:
+        """What an eval leaves to the kind of model; no model is there where that is wrong."""
+        model: Model | None = info.data.get("model")
+        if model is None:
+            return evals
+        return [
+            eval_._replace(value=eval_.value.filled_in(model.synthetic))
+            if isinstance(eval_.value, TextEval)
+            else eval_
+            for eval_ in evals
+        ]
 
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
@@ -436,6 +456,7 @@ class Suite(_Strict):
                 "source",
             )
         if not self.model.synthetic:
+            self._needs_no_truth()
             return self
         for number, sae in enumerate(self.saes):
             if isinstance(sae, Trained) and registry.get("variants", sae.variant).end_to_end:
@@ -452,6 +473,16 @@ class Suite(_Strict):
                     str(number),
                 )
         return self
+
+    def _needs_no_truth(self) -> None:
+        for number, control in enumerate(self.controls):
+            if control.value.needs_truth:
+                raise _Wrong(
+                    f"{control.name} is made of the true features, and nobody knows those of a language model; drop "
+                    f"the control, or name the model {SYNTHETIC}-small or {SYNTHETIC}-16k",
+                    "controls",
+                    str(number),
+                )
 
     @model_validator(mode="after")
     def _one_batch(self) -> "Suite":

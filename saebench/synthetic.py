@@ -25,7 +25,7 @@ from saebench.sites import nearest
 from saebench.subject import LanguageModel
 from saebench.text import TextTokens
 from saebench.types import Facts, Outcome, References, Site, SparseCode, Spec, Truth
-from saebench.worlds import LARGE, SMALL, World
+from saebench.worlds import LARGE, SMALL, Sampled, World
 
 WORLDS = {"builtin:synthetic-small": SMALL, "builtin:synthetic-16k": LARGE}
 """Recipes by what a suite calls them."""
@@ -39,6 +39,10 @@ _EVALUATION, _TASKS = 2**30, 3 * 2**29
 _MOST_EVALUATED = 2**24
 """Tokens of one evaluation text: so far apart are the texts of two seeds."""
 _MOST_SEEDS = (_TASKS - _EVALUATION) // _MOST_EVALUATED
+_MOST_TASKED = 2**17
+"""Tokens to ask about for one seed."""
+_MOST_TASK_SEEDS = (2**31 - _TASKS) // _MOST_TASKED
+_TASK_ROW = 128
 _BATCH_NUMBERS = 2**23
 """Magnitudes of the features of a batch, at the most."""
 _MULTIPLIER = 0x1E3779B97F4A7C15
@@ -96,13 +100,6 @@ def rows_from(first: int, tokens: int, context: int) -> Int[np.ndarray, "rows co
     """Just enough whole rows, whose tokens are numbered from `first` on."""
     n_rows = -(-tokens // context)
     return np.arange(first, first + n_rows * context, dtype=np.int32).reshape(n_rows, context)
-
-
-class Sampled(NamedTuple):
-    """Some tokens with what they are made of."""
-
-    x: Float[Tensor, "n d"]
-    features: SparseCode
 
 
 @final
@@ -172,8 +169,13 @@ class SyntheticSubject:
         return self._known.find(x)
 
     def task_rows(self, seed: int, tokens: int) -> Int[np.ndarray, "rows context"]:
-        """To ask questions about: of no text of training or evaluation."""
-        return rows_from(_TASKS + seed * tokens, tokens, self.tokens.context)
+        """To ask questions about: of no text of training or evaluation, and the same whatever the suite's context."""
+        if tokens > _MOST_TASKED or not 0 <= seed < _MOST_TASK_SEEDS:
+            raise UserError(
+                f"the seed is {seed}, for {tokens:,} tokens; a synthetic world has at most {_MOST_TASKED:,} tokens to "
+                f"ask about for each of the seeds 0 to {_MOST_TASK_SEEDS - 1:,}"
+            )
+        return rows_from(_TASKS + seed * _MOST_TASKED, tokens, _TASK_ROW)
 
     def passage(self, *_: object) -> NoReturn:
         raise UserError(
@@ -236,6 +238,7 @@ class SyntheticSubject:
             "device": self.device.type,
             "versions": [torch.__version__],
             "context": self.tokens.context,
+            "world": self.world.fingerprint,
         }
 
     def parameters_below(self, site: Site) -> int:
@@ -274,8 +277,7 @@ class SyntheticSubject:
         return part._replace(x=part.x.to(self.dtype).float())
 
     def _row(self, row: Int[Tensor, " context"]) -> Sampled:
-        x, magnitudes = self.world.sample(int(row[0]), len(row))
-        return Sampled(x, sparse.from_dense(magnitudes))
+        return self.world.sample(int(row[0]), len(row))
 
 
 Subject = LanguageModel | SyntheticSubject

@@ -31,6 +31,10 @@ _TESTS = {"test", "tests", "idle_test", "idle_tests"}
 _FILE_KINDS = (".jsonl", ".txt", ".parquet")
 _TXT_DOCUMENT_CHARACTERS = 2_000
 _BATCH_CHARACTERS = 200_000
+class TooShort(UserError):
+    """There is less text than was asked for."""
+
+
 EVAL_ROWS = 16
 """Of one document in the evaluation text, at the most."""
 
@@ -186,7 +190,7 @@ def tokenize(  # noqa: PLR0913  (all of these determine the tokens, and a suite 
     for side, ids in _encoded(wanted, tokenizer):
         side.add(ids)
     if not (train.has(least) and held_out.has(eval_tokens)):
-        raise UserError(
+        raise TooShort(
             f"the text ends too early: it has {train.count:,} of {least:,} training tokens"
             f"{f' (times {train_passes} passes)' if train_passes > 1 else ''} and "
             f"{held_out.count:,} of {held_out.needed:,} evaluation tokens, special tokens not "

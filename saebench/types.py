@@ -139,7 +139,7 @@ class Metric(NamedTuple):
 
     name: str
     best: Literal["min", "max"] | None
-    unit: Literal["sequence", "latent", "dataset"]
+    unit: Literal["sequence", "latent", "dataset", "feature"]
     """What intervals and paired tests resample; of sequences, the documents that they were cut from. Every sequence of
     the evaluation text is a unit, in order, unless `Score.ids` says their numbers."""
     doc: str
@@ -223,17 +223,34 @@ class Excerpt(NamedTuple):
     """Positions, ascending, none twice."""
 
 
+class KnownTokens(NamedTuple):
+    """Some tokens of a synthetic world, with what they are made of."""
+
+    rows: Int[np.ndarray, "rows length"]
+    features: SparseCode
+    """Of all tokens, row after row, on the CPU."""
+
+
 @runtime_checkable
 class Lab(Protocol):
-    """A language model to which an eval brings its own text."""
+    """A language model, or a synthetic world, to which an eval brings its own text."""
 
     identity: "Spec"
     tokenizer: Any
-    """A fast tokenizer of transformers."""
+    """A fast tokenizer of transformers; a world has none."""
     longest: int
     """Tokens of an excerpt, at the most."""
     folder: Path
     """Relative paths in an eval's parameters are meant from here."""
+
+    @property
+    def truth(self) -> Truth | None:
+        """What the activations of a world are made of; None where nobody knows, as in a language model."""
+        ...
+
+    def known_tokens(self, seed: int, n: int) -> KnownTokens:
+        """About n tokens of a world that are in no text of training or evaluation."""
+        ...
 
     def width(self, site: Site) -> int: ...
     def activations(self, site: Site, excerpts: Sequence[Excerpt]) -> Float[Tensor, "n d"]:
@@ -264,6 +281,10 @@ class TextEval(Eval):
 
     codes_alone: ClassVar[bool] = False
     """Whether it looks at nothing but codes, so that an SAE with another's codes has the other's scores."""
+
+    def filled_in(self, synthetic: bool) -> "TextEval":  # noqa: ARG002  (what others decide by it)
+        """With what was left to the kind of model: `synthetic` where that is a world of known features."""
+        return self
 
     @abstractmethod
     def read(self, lab: Lab) -> Reading:

@@ -18,6 +18,7 @@ Features are numbered from the most frequent: roots first, then all children of 
 trees come last.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from saebench import sparse
+from saebench.types import SparseCode
 
 _NEAR_ONE = 0.99
 """The most of a feature's firing that the low-rank part may explain."""
@@ -113,11 +117,11 @@ SMALL = Recipe(
 """The same laws at a sixteenth of the features: seconds on a CPU."""
 
 
-class Sample(NamedTuple):
+class Sampled(NamedTuple):
     """Some tokens with what they are made of."""
 
     x: Float[Tensor, "n d"]
-    magnitudes: Float[Tensor, "n n_features"]
+    features: SparseCode
 
 
 class World:
@@ -144,8 +148,17 @@ class World:
         for name in ("mean_magnitudes", "spreads"):
             setattr(self, name, getattr(self, name).to(device))
 
-    def sample(self, seed: int, n: int) -> Sample:
-        """n tokens, which the seed determines on a kind of device."""
+    def sample(self, seed: int, n: int) -> Sampled:
+        """n tokens, which the seed determines on a kind of device.
+
+        x is a sum over the features that fire, in their order: the bits of a dense product would depend on the number
+        of threads.
+        """
+        features = sparse.from_dense(self.magnitudes(seed, n))
+        return Sampled(sparse.decode(features, self.directions) + self.offset, features)
+
+    def magnitudes(self, seed: int, n: int) -> Float[Tensor, "n n_features"]:
+        """Of the features of n tokens."""
         generator = torch.Generator(self.device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -159,7 +172,15 @@ class World:
         chance = torch.rand(n, recipe.n_features, generator=generator, device=self.device)
         for level in self._levels:
             self._inherit(a, level, chance)
-        return Sample(torch.addmm(self.offset, a, self.directions), a)
+        return a
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the bits that it has here: what depends on the number of threads, and on the processor."""
+        digest = hashlib.sha256(torch.backends.cpu.get_cpu_capability().encode())
+        for part in (self.directions, self.offset, self.factors, self.thresholds, self.spreads):
+            digest.update(part.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def depths(self) -> Int[Tensor, " n_features"]:

@@ -19,7 +19,7 @@ from saebench.exports._export import Export, Origin
 from saebench.loaders._files import Limits, Source
 from saebench.loaders._loader import Loader, Told
 from saebench.saes._dictionary import Dictionary, Scaling
-from saebench.types import SAE, Eval, Omitted, Score, Site, StreamEval, TextEval
+from saebench.types import SAE, Eval, Omitted, Score, Seeded, SeedEval, Site, StreamEval, TextEval
 from saebench.variants._training import Variant
 from tests import toys
 from tests.toys import D_SAE, D
@@ -311,14 +311,14 @@ def test_no_two_evals_have_a_metric_of_the_same_name():
     assert len(names) == len(set(names))
 
 
-STREAM_EVALS, TEXT_EVALS = (
+STREAM_EVALS, TEXT_EVALS, SEED_EVALS = (
     [name for name in registry.names("evals") if issubclass(registry.get("evals", name), kind)]
-    for kind in (StreamEval, TextEval)
+    for kind in (StreamEval, TextEval, SeedEval)
 )
 
 
-def test_an_eval_looks_at_the_stream_or_brings_its_own_text():
-    assert sorted(STREAM_EVALS + TEXT_EVALS) == registry.names("evals")
+def test_an_eval_looks_at_the_stream_or_brings_its_own_text_or_compares_seeds():
+    assert sorted(STREAM_EVALS + TEXT_EVALS + SEED_EVALS) == registry.names("evals")
 
 
 def are_sound(scores):
@@ -370,6 +370,30 @@ def test_repeating_on_an_own_text_gives_the_same_number(text_eval):
     first, again = (eval_.scores(toys.sae_of("relu"), prepared, False) for _ in range(2))
     for a, b in zip(first[:-1], again[:-1], strict=True):
         assert a.metric == b.metric and a.num.tolist() == b.num.tolist()
+
+
+def seeds_of(architecture, n=3):
+    density = np.linspace(0, 0.2, toys.D_SAE)
+    return [Seeded(toys.sae_of(architecture, seed=seed), density, 500) for seed in range(n)]
+
+
+@pytest.mark.parametrize("name", SEED_EVALS)
+def test_scores_between_seeds_are_of_declared_metrics_in_float64(name):
+    eval_, (one, *others) = registry.get("evals", name)(), seeds_of("relu")
+    found = eval_.scores(one, others)
+    assert [score.metric for score in found] == [m.name for m in eval_.metrics]
+    are_sound(found)
+    for score in found:
+        assert score.n == 500 and len(score.num) == one.sae.d_sae
+    for a, b in zip(found, eval_.scores(one, others), strict=True):
+        assert a.num.tolist() == b.num.tolist() and a.den.tolist() == b.den.tolist()
+
+
+@pytest.mark.parametrize("name", SEED_EVALS)
+@pytest.mark.parametrize("architecture", registry.names("saes"))
+def test_seeds_of_every_architecture_are_compared(name, architecture):
+    eval_, (one, *others) = registry.get("evals", name)(), seeds_of(architecture)
+    are_sound(eval_.scores(one, others))
 
 
 @pytest.mark.parametrize("name", registry.names("evals"))

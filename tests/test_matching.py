@@ -74,7 +74,8 @@ def test_rows_too_small_to_be_squared_have_a_direction_all_the_same():
 
 @BOTH
 @pytest.mark.parametrize(("m", "n"), [(4, 6), (6, 4), (5, 5)])
-def test_no_other_assignment_has_a_larger_total(signed, m, n):
+def test_no_other_assignment_has_a_larger_total(signed, m, n, monkeypatch):
+    monkeypatch.setattr(matching, "_CHUNK", 12)  # two rows at a time
     a, b = directions(m, 3), directions(n, 3, seed=1)
     found, table = assigned(a, b, signed), cosines(a, b, signed)
     if m <= n:
@@ -116,9 +117,12 @@ def test_greedy_pairs_are_those_of_taking_the_largest_cosine_again_and_again(sig
 
 
 @BOTH
-def test_rows_that_are_all_alike_are_paired_all_the_same(signed):
+def test_rows_that_are_all_alike_are_paired_all_the_same(signed, monkeypatch):
+    rounds = []
+    monkeypatch.setattr(matching, "mutual", lambda *of: rounds.append(mutual(*of)) or rounds[-1])
     a = torch.ones(400, 3)
     found = greedy(a, directions(500, 3), signed)
+    assert len(rounds) == 1
     assert found.a.tolist() == list(range(400)) and len(set(found.b.tolist())) == 400
     expected = cosines(a, directions(500, 3), signed)[found.a, found.b]
     np.testing.assert_allclose(found.cosine.numpy(), expected, atol=1e-6)

@@ -119,10 +119,10 @@ def test_operations_bytes_and_tokens_are_those_of_a_sum_by_hand(
     d = config.get("hidden_size", 768)
     work = opened(rehearsal(tmp_path, name, text={}), options)
     site = work.suite.sites[0]
-    assert planner.parameters_below(work.lm, site) == below
+    assert work.lm.parameters_below(site) == below
     # Blocks are alike, so those above the site are worth the others; the output matrix is not left out.
     blocks, resid_post = len(work.lm.blocks), site.stream == "resid_post"
-    assert planner.parameters_above(work.lm, site) == (
+    assert work.lm.parameters_above(site) == (
         below // (layer + resid_post) * (blocks - layer - resid_post) + 4096 * d
     )
 
@@ -131,7 +131,7 @@ def test_operations_bytes_and_tokens_are_those_of_a_sum_by_hand(
     widths, l0s = 4096 + 16384 + 65536, 20 + 40 + 80 + 160 + 320 + 640
     assert found.train_saes == 244_140 * 2048 * 7 * (6 * 2 * d * widths + 3 * 10 * d * l0s)
     # One pass to the site; three for the references, one for each of 22 groups of 8, one for each SAE.
-    above = planner.parameters_above(work.lm, site)
+    above = work.lm.parameters_above(site)
     assert found.score_lm == 2 * (below + (3 + 22 + 170) * above) * 977 * 1024
 
     memory = planner.device_bytes(work)
@@ -212,8 +212,8 @@ def test_without_an_eval_that_asks_for_it_no_pass_is_resumed(
 ):
     work = opened(write_suite(evals=["sparsity", "reconstruction"]), options)
     assert work.resumes(work.places[0]) == 0
-    assert planner.operations(work).score_lm == 2 * work.eval_tokens * planner.parameters_below(
-        work.lm, Site("resid_post", 1)
+    assert planner.operations(work).score_lm == 2 * work.eval_tokens * work.lm.parameters_below(
+        Site("resid_post", 1)
     )
 
 
@@ -233,8 +233,8 @@ def test_the_blocks_that_run_are_those_below_and_above_the_site(
 ):
     lm = opened(write_suite(), options).lm
     block = sum(p.numel() for p in lm.blocks[0].parameters())
-    assert planner.parameters_below(lm, stream) == below * block
-    assert planner.parameters_above(lm, stream) == above * block + 259 * 16
+    assert lm.parameters_below(stream) == below * block
+    assert lm.parameters_above(stream) == above * block + 259 * 16
 
 
 @pytest.mark.parametrize("variant", registry.names("variants"))

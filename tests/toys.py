@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench import registry, stats, suite, trainer
+from saebench import registry, sparse, stats, suite, trainer
 from saebench.types import (
     SAE,
     Eval,
@@ -27,10 +27,13 @@ from saebench.types import (
     Seen,
     Site,
     Skip,
+    SparseCode,
     StreamEval,
+    Truth,
 )
 
 D, D_SAE, VOCABULARY = 6, 24, 11
+N_FEATURES = 10
 LENGTHS = (5, 9, 1, 12, 3, 8, 6, 10)
 """Of the sequences; the third has no position with a next token, so fidelity has no unit for it."""
 
@@ -44,6 +47,8 @@ class World:
     scored: Tensor  # [n], bool
     following: np.ndarray  # [n], the next token
     readout: np.ndarray  # [d vocabulary]
+    truth: Truth | None = None
+    features: SparseCode | None = None  # of all tokens
 
     @property
     def n_sequences(self) -> int:
@@ -54,7 +59,8 @@ class World:
         return self.x.double().mean(0)
 
     def facts(self) -> Facts:
-        return Facts(Site("toy", 0), Site("toy", 0), self.n_sequences, len(self.x), self.mean)
+        site = Site("toy", 0)
+        return Facts(site, site, self.n_sequences, len(self.x), self.mean, self.truth)
 
     def batches(self, groups: Sequence[Sequence[int]] | None = None) -> Iterator["ToyBatch"]:
         """One batch for each group of sequences; all sequences in one where no groups are given."""
@@ -69,7 +75,8 @@ class World:
 
     def scaled(self, a: float) -> "World":
         """The same text of a model whose stream is a times as large."""
-        return replace(self, x=a * self.x, readout=self.readout / a)
+        features = self.features and self.features._replace(values=a * self.features.values)
+        return replace(self, x=a * self.x, readout=self.readout / a, features=features)
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,11 @@ class ToyBatch:
         return self.sequence[self._scored]
 
     @property
-    def features(self) -> None:
-        return None
+    def features(self) -> SparseCode | None:
+        if self.world.features is None:
+            return None
+        dense = sparse.to_dense(self.world.features, len(self.world.truth.directions))
+        return sparse.from_dense(dense[self.tokens])
 
     @property
     def _scored(self) -> Tensor:
@@ -136,7 +146,25 @@ def world(offset: float = 3.0, dtype: torch.dtype = torch.float64) -> World:
             -1
         ),  # what the model predicts, so that ablating the stream costs something
         unembedding,
+        *made_up_features(n, dtype),
     )
+
+
+PARENTS = (-1, -1, 0, 0, 2, 2, 1, -1, -1, -1)
+DEPTHS = (0, 0, 1, 1, 2, 2, 1, -1, -1, -1)
+
+
+def made_up_features(n: int, dtype: torch.dtype) -> tuple[Truth, SparseCode]:
+    """Of which the stream is not made: sums over what is active do not ask. A child is silent where its parent is."""
+    rng = np.random.default_rng(1)
+    a = rng.uniform(1, 3, (n, N_FEATURES)) * (rng.random((n, N_FEATURES)) < 0.6)
+    for child, parent in enumerate(PARENTS):
+        a[:, child] *= (a[:, parent] > 0) if parent >= 0 else 1
+    parents, depths = torch.tensor(PARENTS), torch.tensor(DEPTHS)
+    directions, offset = _directions(N_FEATURES, D, 94).to(dtype), torch.zeros(D, dtype=dtype)
+    magnitudes = torch.full((N_FEATURES,), 2.0, dtype=dtype)
+    truth = Truth(directions, offset, magnitudes, parents, depths)
+    return truth, sparse.from_dense(torch.from_numpy(a).to(dtype))
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -220,6 +248,7 @@ class ToyLab:
     tokenizer = None
     longest = 64
     folder = Path()
+    truth = None
 
     def __init__(self, d: int = D, dtype: torch.dtype = torch.float32) -> None:
         self.table = _directions(WORDS, d, 95).to(dtype) * 3 + 0.5
@@ -228,6 +257,9 @@ class ToyLab:
 
     def width(self, site: Site) -> int:
         return self.table.shape[1]
+
+    def known_tokens(self, seed: int, n: int) -> Any:
+        never(seed, n)
 
     def activations(self, site: Site, excerpts: Sequence[Excerpt]) -> Tensor:
         ids = [e.ids[e.wanted] for e in excerpts]

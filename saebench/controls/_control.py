@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saebench.errors import UserError
 from saebench.saes._dictionary import Dictionary
-from saebench.types import Site
+from saebench.types import SAE, Site, SparseCode, Truth
 
 
 class Asked(NamedTuple):
@@ -39,6 +39,14 @@ class Planned(NamedTuple):
     parent: Asked | None = None
 
 
+class Known(NamedTuple):
+    """What a synthetic world lets its controls know."""
+
+    truth: Truth
+    features_of: Callable[[Float[Tensor, "n d"]], SparseCode]
+    """The true features of tokens that the world has sampled, by their activations."""
+
+
 class Material(NamedTuple):
     """What controls are made of."""
 
@@ -46,6 +54,8 @@ class Material(NamedTuple):
     """Activations of the training stream."""
     trained: Callable[[str], Dictionary]
     """A trained SAE by its name."""
+    known: Known | None = None
+    """None where nobody knows the true features."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,8 @@ class Control(ABC):
     """Whether evals that learn from labels get these dealt out anew; other evals have nothing to say of it."""
     untrained_lm: ClassVar[bool] = False
     """Whether the language model has its random initial weights."""
+    needs_truth: ClassVar[bool] = False
+    """Whether it is made of the true features, and so is possible on a synthetic world alone."""
 
     @abstractmethod
     def plan(self, asked: Sequence[Asked]) -> list[Planned]:
@@ -72,7 +84,7 @@ class BuiltControl(Control):
     """Whether its codes are those of its parent, so that evals of codes alone can say nothing of it."""
 
     @abstractmethod
-    def build(self, planned: Planned, material: Material) -> Dictionary: ...
+    def build(self, planned: Planned, material: Material) -> SAE: ...
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ does not share. Nothing is chosen on test examples.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, final
 
 import numpy as np
@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from saebench import kernels, labelled, logistic, sparse
 from saebench.codelabels import LEAST_PER_CLASS
-from saebench.labelled import Labelled, Options, ProbeSet, Task, Texts
+from saebench.labelled import STDLIB, SYNTHETIC, Labelled, Options, ProbeSet, Task, Texts
 from saebench.progress import Meter
 from saebench.types import (
     SAE,
@@ -95,7 +95,9 @@ def _latents(k: int) -> str:
 @final
 @dataclass(frozen=True)
 class SparseProbing(TextEval):
-    datasets: tuple[Texts, ...] = (Texts(source="builtin:python-stdlib"),)
+    datasets: tuple[Texts, ...] | None = None
+    """None: the tasks that come along, which are of Python source for a language model, and of the world itself for a
+    synthetic one."""
     k: tuple[int, ...] = (1, 2, 5, 20)
     """How many latents probes have; one on all latents is always there."""
     train: int = 1024
@@ -110,7 +112,7 @@ class SparseProbing(TextEval):
     codes_alone: ClassVar = True
 
     def __post_init__(self) -> None:
-        if not self.datasets:
+        if self.datasets == ():
             raise ValueError("datasets is empty; expected one or more")
         choices = ", ".join(map(str, K_CHOICES))
         if not self.k or not set(self.k) <= set(K_CHOICES):
@@ -123,12 +125,20 @@ class SparseProbing(TextEval):
                 raise ValueError(f"{part} is {getattr(self, part)}; expected {least} or more")
 
     def parameters(self) -> Spec:
+        assert self.datasets is not None, "a suite fills them in"
         datasets = [texts.identity() for texts in self.datasets]
         return super().parameters() | {"datasets": datasets, "k": sorted(self.k)}
 
+    def filled_in(self, synthetic: bool) -> "SparseProbing":
+        if self.datasets is not None:
+            return self
+        return replace(self, datasets=(Texts(source=SYNTHETIC if synthetic else STDLIB),))
+
     def read(self, lab: Lab) -> Labelled:
+        datasets = self.filled_in(lab.truth is not None).datasets
+        assert datasets is not None, "they are filled in"
         options = Options(self.train, self.validation, self.test, self.seed)
-        return labelled.read(self.datasets, lab, options)
+        return labelled.read(datasets, lab, options)
 
     def prepare(self, lab: Lab, reading: Labelled, site: Site) -> "_Prepared":
         sets = reading.sets

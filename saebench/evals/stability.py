@@ -3,29 +3,29 @@
 It is compared with every SAE of the suite that differs from it in its seed alone: a_i are the decoder directions of its
 live latents, b_j those of another seed. Live are those that fire on the first `tokens` tokens of the evaluation text:
 dead ones lie near their random start, which has no twin, and are left out on both sides. All seeds of a suite read the
-same batches in the same order, so that a seed is a random start; other data may change more.
+same batches in the same order, so that a seed is a random start alone; other data may change more.
 
 stability_mmcs      = mean over i of max_j cos(a_i, b_j), mean max cosine similarity: several i may have the same j
 stability_mmcs_back = mean over j of max_i cos(a_i, b_j)
-stability_mcc       = mean of cos(a_i, b_j) over the one-to-one pairs that have the largest (Hungarian assignment; Song et
-                      al. 2025, https://arxiv.org/abs/2505.20254)
-stability_mcc_abs   = mean of |cos(a_i, b_j)| over the pairs that have the largest of these
-shared_07           = share of the i whose partner among the pairs of stability_mcc has a cosine of 0.7 or more, and, where
-                      both have encoders, the encoder directions of the two also (after Paulo and Belrose 2025,
+stability_mcc       = mean of cos(a_i, b_j) over the one-to-one pairs for which it is largest (Hungarian assignment, and
+                      greedy pairs above 16,384 live latents; Song et al. 2025, https://arxiv.org/abs/2505.20254)
+stability_mcc_abs   = mean of |cos(a_i, b_j)| over the pairs for which this is largest
+shared_07           = share of the i whose partner among the pairs of stability_mcc has a cosine of 0.7 or more, of
+                      encoder directions too where both have some (after Paulo and Belrose 2025,
                       https://arxiv.org/abs/2501.16615)
-mutual_nearest      = share of the i that are the nearest of their nearest b_j
-stability           = mean over i of the share of other seeds with a b_j at 0.7 or more
+mutual_nearest      = share of the i that are the nearest of their nearest b_j; of random directions, about half are
+stability           = mean over i of the share of other seeds with a b_j at a cosine of 0.7 or more
                       (https://arxiv.org/abs/2606.12138)
 stability_frequent  = the same over live latents that fire more often than the median one
-stability_rare      = the same over the others
+stability_rare      = the same over the other live latents
 
-All are means over the other seeds; of stability_mmcs_back the units are latents of the others, those with the same number
-together. References are of random directions: as many on both sides as there are live latents on average. That of a share
-at 0.7 is how many would have any direction that near, k (1 - F(0.7)) to first order, which is exact for stability and more
-than chance for shared_07.
+All are means over the other seeds; a unit of stability_mmcs_back is the latents of the others that have one number.
+References are of random directions, on both sides as many as there are live latents on average. That of a share at 0.7
+is the chance that any of so many has such a cosine, which is exact for stability and more than chance for shared_07.
+The spread of these numbers over the seeds of one family is no training noise: any two seeds share a pair.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
 
@@ -36,11 +36,9 @@ from scipy.special import betainc
 from torch import Tensor
 
 from saebench import matching
-from saebench.matching import MOST_ASSIGNED
 from saebench.types import Metric, Omitted, Score, Seeded, SeedEval, Skip
 
 _NEAR = 0.7
-_ASSIGNED = ("stability_mcc", "stability_mcc_abs", "shared_07")
 _RANDOM = "reference: random directions"
 
 
@@ -67,18 +65,20 @@ class Stability(SeedEval):
     def scores(self, one: Seeded, others: Sequence[Seeded]) -> Sequence[Score | Omitted]:
         ours, *theirs = (_live(seeded) for seeded in (one, *others))
         sums = _Sums(one.sae.d_sae)
-        few = max(len(live.latents) for live in (ours, *theirs)) <= MOST_ASSIGNED
         for live in theirs:
             _add_nearest(sums, ours, live)
-            if few:
-                _add_assigned(sums, ours, live)
+            _add_pairs(sums, ours, live)
         _add_halves(sums, one.density)
-        reference = _references(ours, theirs, few)
+        reference = _references(ours, theirs)
+        names = [metric.name for metric in self.metrics if metric.name in sums.num]
         found = [
             Score(name, sums.num[name], sums.den[name], one.n_tokens, reference[name])
-            for name in sums.num
+            for name in names
         ]
-        return [*found, *_left_out(few, sums)]
+        if "stability_frequent" not in sums.num:
+            reason = "no live latent fires more often than the median one"
+            return [*found, Omitted("stability_frequent", reason)]
+        return found
 
 
 class _Live(NamedTuple):
@@ -98,7 +98,9 @@ class _Sums:
         self.num: dict[str, np.ndarray] = {}
         self.den: dict[str, np.ndarray] = {}
 
-    def add(self, metric: str, latents: Int[np.ndarray, " m"], values: Shaped[Tensor, " m"]) -> None:
+    def add(
+        self, metric: str, latents: Int[np.ndarray, " m"], values: Shaped[Tensor, " m"]
+    ) -> None:
         """Latents are there once."""
         for sums in (self.num, self.den):
             sums.setdefault(metric, np.zeros(self.d_sae))
@@ -129,11 +131,11 @@ def _add_nearest(sums: _Sums, ours: _Live, theirs: _Live) -> None:
     sums.add("stability", ours.latents, there >= _NEAR)
 
 
-def _add_assigned(sums: _Sums, ours: _Live, theirs: _Live) -> None:
+def _add_pairs(sums: _Sums, ours: _Live, theirs: _Live) -> None:
     """A latent without a partner, where the other has fewer, is not shared, and is in no mean of cosines."""
-    pairs = matching.assigned(ours.decoder, theirs.decoder, signed=True)
+    pairs = matching.matched(ours.decoder, theirs.decoder, signed=True)
     sums.add("stability_mcc", ours.latents[pairs.a.cpu().numpy()], pairs.cosine)
-    either = matching.assigned(ours.decoder, theirs.decoder, signed=False)
+    either = matching.matched(ours.decoder, theirs.decoder, signed=False)
     sums.add("stability_mcc_abs", ours.latents[either.a.cpu().numpy()], either.cosine)
     near = pairs.cosine >= _NEAR
     if ours.encoder is not None and theirs.encoder is not None:
@@ -157,19 +159,23 @@ def _add_halves(sums: _Sums, density: Float[np.ndarray, " d_sae"]) -> None:
             sums.den[name] = sums.den["stability"] * half
 
 
-def _references(ours: _Live, theirs: Sequence[_Live], few: bool) -> dict[str, float | None]:
+def _references(ours: _Live, theirs: Sequence[_Live]) -> dict[str, float]:
     """The same for all seeds of a family, so that random directions are matched once."""
     k = round(float(np.mean([len(live.latents) for live in (ours, *theirs)])))
     d = ours.decoder.shape[1]
-    signed = matching.chance(k, k, d, signed=True)
-    found: dict[str, float | None] = dict.fromkeys(
-        ("stability", "stability_frequent", "stability_rare", "shared_07"), _any_near(k, d)
-    )
-    found |= dict.fromkeys(("stability_mmcs", "stability_mmcs_back"), signed.nearest)
-    found |= {"mutual_nearest": signed.shared, "stability_mcc": signed.assigned}
-    if few:
-        found["stability_mcc_abs"] = matching.chance(k, k, d, signed=False).assigned
-    return found
+    signed, either = (matching.chance(k, k, d, signed) for signed in (True, False))
+    near = _any_near(k, d)
+    return {
+        "stability_mmcs": signed.nearest,
+        "stability_mmcs_back": signed.nearest,
+        "stability_mcc": signed.matched,
+        "stability_mcc_abs": either.matched,
+        "shared_07": near,
+        "mutual_nearest": signed.shared,
+        "stability": near,
+        "stability_frequent": near,
+        "stability_rare": near,
+    }
 
 
 def _any_near(k: int, d: int) -> float:
@@ -179,11 +185,3 @@ def _any_near(k: int, d: int) -> float:
     """
     cap = betainc((d - 1) / 2, 0.5, 1 - _NEAR**2) / 2
     return float(-np.expm1(k * np.log1p(-cap)))
-
-
-def _left_out(few: bool, sums: _Sums) -> Iterator[Omitted]:
-    if not few:
-        reason = f"there are more than {MOST_ASSIGNED:,} live latents, too many to be assigned"
-        yield from (Omitted(name, reason) for name in _ASSIGNED)
-    if "stability_frequent" not in sums.num:
-        yield Omitted("stability_frequent", "no live latent fires more often than the median one")

@@ -10,6 +10,7 @@ import pandas as pd
 
 from saebench import results as files
 from saebench.errors import NothingToShow
+from saebench.reliability import PASSED, WARNING, remarks
 from saebench.reports._blocks import Contender, Group
 from saebench.reports._evidence import Evidence
 from saebench.reports._table import (
@@ -40,6 +41,7 @@ _RESAMPLED = {
     "sequence": "documents",  # with all sequences that were cut from them
     "dataset": "datasets",  # with those that share their texts
     "latent": "latents",
+    "feature": "features",
 }
 _MOST_OMITTED = 12
 """Names in one line."""
@@ -121,7 +123,10 @@ def _heading(evidence: Evidence, key: Key, n_ways: int) -> Heading:
     found = {} if best is None else evidence.separation(key)
     unseparated = tuple(control for control, against in found.items() if not against.separates)
     reference = _reference(rows["reference"].dropna())
-    return Heading(key, label, best, row["unit"], row["doc"], reference, unseparated)
+    audited = remarks(
+        evidence.results.audits, key.metric, key.eval_name, int(row["version"]), key.params
+    )
+    return Heading(key, label, best, row["unit"], row["doc"], reference, unseparated, *audited)
 
 
 def _reference(given: "pd.Series[float]") -> str | None:
@@ -266,6 +271,7 @@ def _reading(
         )
     if any(heading.unseparated for heading in headings):
         sentences.append(_about_separation(headings))
+    sentences += about_badges(headings)
     if any(cell.missed for cell in cells):
         sentences.append(
             f"†: misses the asked-for L0 by more than {MISSED:.0%}, so it is compared at another "
@@ -308,6 +314,18 @@ def _about_separation(headings: Sequence[Heading]) -> str:
         f"‡: does not separate trained SAEs from controls here: {'; '.join(marked)}. In more than half of the "
         "blocks with that control, at most half of the trained SAEs beside it are significantly better."
     )
+
+
+def about_badges(headings: Sequence[Heading]) -> list[str]:
+    """What audits say of these metrics."""
+    sentences = [f"{WARNING} {h.label}: {'; '.join(h.warnings)}." for h in headings if h.warnings]
+    passed = [heading.label for heading in headings if heading.badge == PASSED]
+    if passed:
+        sentences.append(
+            f"{PASSED}: ranks SAEs, controls and known features in order in an audit, as far as they were there: "
+            f"{', '.join(passed)}."
+        )
+    return sentences
 
 
 def _about_dead(results: Results, headings: Sequence[Heading]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from saebench.errors import NothingToShow, UserError
+from saebench.reliability import Badge
 from saebench.results import Results
 
 MISSED = 0.1
@@ -44,6 +45,10 @@ class Heading(NamedTuple):
     """What evals give to be read beside it: a bound, or a chance level."""
     unseparated: tuple[str, ...]
     """Controls that it does not separate from trained SAEs."""
+    badge: Badge
+    """What audits say of it."""
+    warnings: tuple[str, ...]
+    """Which audits it failed, as parts of a sentence."""
 
 
 class Number(NamedTuple):

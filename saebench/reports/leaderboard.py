@@ -1,8 +1,8 @@
 """The leaderboard: every SAE on the core metrics, beside the controls, with intervals, ranks and ties.
 
 leaderboard.md and leaderboard.tex show the chosen metrics. leaderboard.csv holds every score in full
-precision, one row each, with the ranks of those that have a better direction; separation.csv says of
-every such metric how far trained SAEs are from each control.
+precision, one row each, with the ranks of those that have a better direction and the badge that audits give them;
+separation.csv says of every such metric how far trained SAEs are from each control.
 """
 
 import csv
@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, final
 
+import pandas as pd
+
 from saebench.errors import UserError
 from saebench.progress import printable
+from saebench.reliability import remarks
 from saebench.reports import _build
 from saebench.reports._build import AFTER_THE_LETTERS
 from saebench.reports._evidence import Evidence
+from saebench.reports._markdown import escaped, pipes
 from saebench.reports._table import (
     Against,
     Arm,
@@ -64,6 +68,8 @@ _TEX = {
     "±": r"$\pm$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
+    "✓": r"$^\surd$",
+    "⚠": r"$^\triangle$",
     "ᶜ": r"$^\mathrm{c}$",
     "ʳ": r"$^\mathrm{r}$",
     "ⁱ": r"$^\mathrm{i}$",
@@ -138,9 +144,14 @@ class Leaderboard:
 
 
 def _label(heading: Heading) -> str:
-    """With the mark of what does not separate trained SAEs from controls, and the better direction."""
+    """With its marks and the better direction."""
     arrow = {"max": " ↑", "min": " ↓", None: ""}[heading.best]
-    return heading.label + ("‡" if heading.unseparated else "") + arrow
+    return heading.label + _marks(heading) + arrow
+
+
+def _marks(heading: Heading) -> str:
+    """The badge of audits, and the mark of what does not separate trained SAEs from controls here."""
+    return heading.badge + ("‡" if heading.unseparated else "")
 
 
 def _name(row: Row) -> str:
@@ -201,53 +212,48 @@ def _controls(separation: Sequence[SeparationRow]) -> list[str]:
 
 
 def _markdown(suite: str, table: Table, separation: Sequence[SeparationRow]) -> str:
-    parts = [f"# Leaderboard: {_escaped(suite)}", _escaped(table.facts)]
-    parts += [f"## {_escaped(block.title)}\n\n{_board(table, block)}" for block in table.blocks]
-    parts.append("\n".join(f"- {_escaped(sentence)}" for sentence in table.reading))
+    parts = [f"# Leaderboard: {escaped(suite)}", escaped(table.facts)]
+    parts += [f"## {escaped(block.title)}\n\n{_board(table, block)}" for block in table.blocks]
+    parts.append("\n".join(f"- {escaped(sentence)}" for sentence in table.reading))
     ranks = [(block, _ranks(table, block)) for block in table.blocks]
     if any(grid for _, grid in ranks):
         parts.append(f"## Ranks\n\n{_ABOUT_RANKS}")
-        parts += [f"### {_escaped(block.title)}\n\n{grid}" for block, grid in ranks if grid]
+        parts += [f"### {escaped(block.title)}\n\n{grid}" for block, grid in ranks if grid]
     if separation:
         parts.append(
             f"## Trained against controls\n\n{_ABOUT_SEPARATION}\n\n{_separation(separation)}"
         )
+        above = [heading.key for heading in table.headings]
+        badges = _build.about_badges([r.heading for r in separation if r.heading.key not in above])
+        parts += ["\n".join(f"- {escaped(sentence)}" for sentence in badges)] if badges else []
     if table.seeds:
         parts.append(f"## Seeds\n\n{_ABOUT_SEEDS}")
-        parts += [f"### {_escaped(block.title)}\n\n{_seeds(block)}" for block in table.seeds]
-    docs = [f"- **{_escaped(h.label)}**: {_definition(h)}" for h in table.headings]
+        parts += [f"### {escaped(block.title)}\n\n{_seeds(block)}" for block in table.seeds]
+    docs = [f"- **{escaped(h.label)}**: {_definition(h)}" for h in table.headings]
     parts.append("## Metrics\n\n" + "\n".join(docs))
     if table.notes:
-        notes = [f"- {_escaped(note)}" for note in table.notes]
+        notes = [f"- {escaped(note)}" for note in table.notes]
         parts.append("## Not shown\n\n" + "\n".join(notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _escaped(text: str) -> str:
-    """Shown as it is: nothing in a name becomes markup, HTML or another cell."""
-    text = re.sub(r"([\\`*\[\]|~$])", r"\\\1", " ".join(printable(text).split()))
-    # Inside a word an underscore means nothing.
-    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
 def _definition(heading: Heading) -> str:
     given = "" if heading.reference is None else f" Reference: {heading.reference}."
-    return _escaped(heading.doc.rstrip(".") + "." + given)
+    return escaped(heading.doc.rstrip(".") + "." + given)
 
 
 def _board(table: Table, block: Block) -> str:
     ranked = ["rank"] if _has_ranks(table) else []
-    head = ["SAE", *ranked, "variant", *(_escaped(_label(h)) for h in table.headings)]
+    head = ["SAE", *ranked, "variant", *(escaped(_label(h)) for h in table.headings)]
     lines = [_board_line(table, row, bool(ranked)) for row in block.rows]
-    return _pipes(head, lines, left=len(ranked) + 2)
+    return pipes(head, lines, left=len(ranked) + 2)
 
 
 def _board_line(table: Table, row: Row, ranked: bool) -> list[str]:
-    name = _escaped(_name(row)) + (f" *({row.mark})*" if row.mark else "")
-    cells = [_escaped(_plain(cell)) for cell in row.cells]
+    name = escaped(_name(row)) + (f" *({row.mark})*" if row.mark else "")
+    cells = [escaped(_plain(cell)) for cell in row.cells]
     bold = [f"**{t}**" if c.tied else t for t, c in zip(cells, row.cells, strict=True)]
-    return [name, *([_escaped(_rank(row, table))] if ranked else []), _escaped(row.variant), *bold]
+    return [name, *([escaped(_rank(row, table))] if ranked else []), escaped(row.variant), *bold]
 
 
 def _ranks(table: Table, block: Block) -> str:
@@ -256,43 +262,29 @@ def _ranks(table: Table, block: Block) -> str:
     if not rows:
         return ""
     shown = [i for i, heading in enumerate(table.headings) if heading.best is not None]
-    head = ["SAE", *(_escaped(_label(table.headings[i])) for i in shown)]
+    head = ["SAE", *(escaped(_label(table.headings[i])) for i in shown)]
     lines = [
-        [_escaped(_name(row)), *(_places(row.cells[i].standing) for i in shown)] for row in rows
+        [escaped(_name(row)), *(_places(row.cells[i].standing) for i in shown)] for row in rows
     ]
-    return _pipes(head, lines, left=len(head))
+    return pipes(head, lines, left=len(head))
 
 
 def _separation(separation: Sequence[SeparationRow]) -> str:
     controls = _controls(separation)
     lines = [
-        [_escaped(_label(row.heading)), *(_against(row.against.get(c)) for c in controls)]
+        [escaped(_label(row.heading)), *(_against(row.against.get(c)) for c in controls)]
         for row in separation
     ]
-    return _pipes(["metric", *map(_escaped, controls)], lines, left=1)
+    return pipes(["metric", *map(escaped, controls)], lines, left=1)
 
 
 def _seeds(block: SeedBlock) -> str:
     head = ["SAE", "metric", "mean", "training sd", "evaluation sd", "seeds"]
     lines = [
-        [_escaped(row.name), _escaped(row.metric), *row[2:5], ", ".join(row.values)]
+        [escaped(row.name), escaped(row.metric), *row[2:5], ", ".join(row.values)]
         for row in block.rows
     ]
-    return _pipes(head, lines, left=2)
-
-
-def _pipes(head: list[str], lines: Sequence[list[str]], left: int) -> str:
-    """A table whose first columns are flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    rule = [("-" * (w - 1) + ":") if i >= left else "-" * w for i, w in enumerate(widths)]
-    padded = [
-        [
-            text.rjust(w) if i >= left else text.ljust(w)
-            for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        for line in (head, *lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+    return pipes(head, lines, left=2)
 
 
 # CSV
@@ -322,8 +314,16 @@ def _csv(evidence: Evidence) -> str:
     ):
         scores[column] = [None if s is None else getattr(s, part) for s in found]
     scores = scores.astype({"rank_low": "Int64", "rank_high": "Int64"})
+    scores["badge"] = _badges(evidence.results, scores)
     text: str = scores.to_csv(index=False, lineterminator="\n")
     return text
+
+
+def _badges(results: Results, scores: pd.DataFrame) -> list[str]:
+    """Of each score, by its own version."""
+    ways = list(scores[["metric", "eval", "version", "params"]].itertuples(index=False, name=None))
+    found = {way: remarks(results.audits, *way).badge for way in dict.fromkeys(ways)}
+    return [found[way] for way in ways]
 
 
 def _separation_csv(separation: Sequence[SeparationRow]) -> str:
@@ -392,7 +392,7 @@ def _tex(text: str) -> str:
 def _tex_heading(heading: Heading) -> str:
     """One word a line, which keeps columns as narrow as their numbers."""
     arrow = {"max": r" $\uparrow$", "min": r" $\downarrow$", None: ""}[heading.best]
-    mark = _tex("‡") if heading.unseparated else ""
+    mark = _tex(_marks(heading))
     lines = r"\\".join(_tex(word) for word in heading.label.split())
     return rf"\begin{{tabular}}[b]{{@{{}}r@{{}}}}{lines}{mark}{arrow}\end{{tabular}}"
 
