@@ -48,6 +48,7 @@ from saebench.saes.gated import Gated
 from saebench.saes.jumprelu import JumpReLU
 from saebench.saes.relu import ReLU
 from saebench.saes.topk import TopK
+from saebench.subject import LanguageModel
 from saebench.trainer import TrainRun
 from saebench.types import Site
 
@@ -286,9 +287,10 @@ def _measure(asked: argparse.Namespace, case: Case) -> Measured:
         bench = _open(Path(scratch), definition)
         (site,) = bench.suite.sites
         opened = time.perf_counter()
-        tokens = bench.subject.facts(site, site).n_tokens
+        lm = _language_model(bench)
+        tokens = lm.facts(site, site).n_tokens
         read = time.perf_counter()
-        bench.subject.references(site)
+        lm.references(site)
         ablated = time.perf_counter()
         rounds, warmup = (1, 0) if case.width == WIDE else (asked.rounds, 1)
         W_enc = _encoder(bench)
@@ -323,11 +325,17 @@ def _score(bench: runner.Workbench) -> None:
 @torch.no_grad()
 def _floor(bench: runner.Workbench, site: Site, W_enc: Float[Tensor, "d d_sae"]) -> None:
     """What no eval of an SAE can do without."""
-    for batch in bench.subject.evaluation(site):
+    lm = _language_model(bench)
+    for batch in lm.evaluation(site):
         for chunk in batch.x.split(max(1, 2**22 // W_enc.shape[1])):
             torch.mm(chunk, W_enc)
         clean = batch._streams.clean
-        bench.subject._resumed(site, batch._rows, clean)
+        lm._resumed(site, batch._rows, clean)
+
+
+def _language_model(bench: runner.Workbench) -> LanguageModel:
+    assert isinstance(bench.subject, LanguageModel), "the suite written here names one"
+    return bench.subject
 
 
 if __name__ == "__main__":

@@ -101,7 +101,22 @@ def audit(
     return card
 
 
-def _write(folder: Path, measured: pd.DataFrame, panel: pd.DataFrame | None) -> reliability.Card:
+def panel_beside(folder: Path) -> Path | None:
+    """The audited suite on a synthetic subject that comes along, if its results are in this folder."""
+    found = folder / _PANEL
+    return found if (found / "audit.csv").is_file() else None
+
+
+def _check(suite: Suite) -> None:
+    n = sum(sae.of is None for sae in suite.trained())
+    if n < _LEAST_REFERENCES:
+        raise UserError(
+            f"the suite {suite.name} trains {n} SAEs that start from no other; an audit needs {_LEAST_REFERENCES} or "
+            "more to say how large noise is"
+        )
+
+
+def _write(folder: Path, measured: pd.DataFrame, panel: reliability.Panel | None) -> reliability.Card:
     results.write_text_whole(folder / "audit.csv", measured.to_csv(index=False))
     card = reliability.card(folder.name, measured, panel)
     results.write_text_whole(folder / "audit.json", reliability.as_json(card))
@@ -205,9 +220,9 @@ class _Auditor:
         for unit in _UNITS:
             bench = self._bench("unit", unit.name, self.suite)
             stage = bench.workbench.stage
-            bench.workbench.stage = stage._replace(
-                subject=SubjectInUnit(stage.subject, unit), lab=LabInUnit(stage.lab, unit)
-            )
+            subject: Any = SubjectInUnit(stage.subject, unit)
+            lab: Any = LabInUnit(stage.lab, unit)
+            bench.workbench.stage = stage._replace(subject=subject, lab=lab)
             there = [_in_unit(c, unit, self.options.device) for c in self._candidates()]
             found += self._measured(bench, there)
         return found
@@ -293,7 +308,7 @@ class _Auditor:
             "tokens": self._trained_on,
             "what": bench.what,
             "setting": bench.setting,
-            "share": bench.share,
+            "share": bench.share if isinstance(run.eval, StreamEval) else 1.0,
             "degraded": degraded[1] if degraded else "",
             "amount": int(degraded[2]) / 100 if degraded else 0.0,
             "eval": run.eval_name,
@@ -372,7 +387,7 @@ def _reseeded(eval_: Eval, seed: int) -> Eval:
 
 def _spread(runs: Sequence[TrainRun], n: int) -> list[TrainRun]:
     """So many of them, from all over the list."""
-    places = np.unique(np.linspace(0, len(runs) - 1, n).round().astype(int)) if runs else []
+    places = np.linspace(0, len(runs) - 1, min(n, len(runs))).round().astype(int)
     return [runs[place] for place in places]
 
 

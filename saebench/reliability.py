@@ -113,7 +113,8 @@ class Noise(NamedTuple):
     interval_ratio              s / sqrt(mean_ir ((high_ir - low_ir) / 3.92)^2): near 1 the reported 95 % intervals
                                 cover what they claim, above 1 they are too narrow
 
-    Draws that have fewer tokens than the suite's evaluation (`share` below 1) are noisier than it is.
+    Draws that have fewer tokens than the suite's evaluation (`share` of them) are noisier than it is: their deviations
+    from y_i. are taken times sqrt(share), as those of means over independent documents are.
     """
 
     n_saes: int
@@ -591,8 +592,14 @@ def _draws(rows: Sequence[_Row]) -> _Draws:
         y[saes.index(row.sae), draws.index(row.setting)] = row.value
     sites = {row.sae: row.site for row in drawn}
     shares = [row.share for row in drawn if row.share is not None]
-    share = min(shares) if shares else Missing("no evaluation of a trained SAE was drawn anew")
-    return _Draws([sites[sae] for sae in saes], y, _implied(drawn), share)
+    if not shares:
+        nothing = Missing("no evaluation of a trained SAE was drawn anew")
+        return _Draws([sites[sae] for sae in saes], y, _implied(drawn), nothing)
+    share = min(shares)
+    mean = np.array([[float(_finite(x).mean())] for x in y])
+    smaller = math.sqrt(share)
+    implied = [smaller * sd for sd in _implied(drawn)]
+    return _Draws([sites[sae] for sae in saes], mean + smaller * (y - mean), implied, share)
 
 
 def _implied(rows: Iterable[_Row]) -> list[float]:

@@ -45,6 +45,20 @@ _RANGES = {  # what a value can be at all; of a unit too
     "encoder_decoder_cosine_q05": _COSINE,
     "encoder_decoder_cosine_q95": _COSINE,
     "encoder_decoder_cosine_weighted": _COSINE,
+    "mcc": _SHARE,
+    "feature_recall_07": _SHARE,
+    "feature_recall_09": _SHARE,
+    "feature_recall_07_weighted": _SHARE,
+    "uniqueness": _SHARE,
+    "hedging": _SHARE,
+    "precision": _SHARE,
+    "recall": _SHARE,
+    "f1": _SHARE,
+    "f1_live": _SHARE,
+    "f1_weighted": _SHARE,
+    "absorption": _SHARE,
+    "parent_miss": _SHARE,
+    "absorption_excess": _COSINE,
 }
 _PROBE_RANGES = (("probe_auc_gain_", _COSINE), ("probe_auc_", _SHARE), ("probe_accuracy_", _SHARE))
 PER_TOKEN = (

@@ -312,7 +312,7 @@ class WorldBatch:
 
 
 class _Known:
-    """Tokens by their activations: no two are alike."""
+    """Tokens by their activations: no two are alike, but those on which nothing fires."""
 
     def __init__(self) -> None:
         self._rows: dict[int, tuple[Int[Tensor, " n"], SparseCode]] = {}

@@ -365,7 +365,9 @@ def _of_perfect(runs: Sequence[Run], bench: Workbench, candidate: Candidate) -> 
         Linear(subject.width(site), 1, subject.width(target)), bench.options.device
     )
     evals = [
-        eval_ for eval_ in (_eval(bench, run) for run in runs) if isinstance(eval_, StreamEval)
+        eval_
+        for eval_ in (_eval(bench, run) for run in runs)
+        if isinstance(eval_, StreamEval) and (subject.predicts or not eval_.needs_outcome)
     ]
     tallies = [eval_.start(stand_in, facts) for eval_ in evals]
     outcome = any(eval_.needs_outcome for eval_ in evals)

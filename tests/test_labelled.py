@@ -36,6 +36,8 @@ def lab(folder=Path(), tokenizer=BYTES, longest=64):
         tokenizer=tokenizer,
         longest=longest,
         folder=folder,
+        truth=None,
+        known_tokens=never,
         width=never,
         activations=never,
         kept=never,

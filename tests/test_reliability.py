@@ -150,9 +150,14 @@ def test_only_what_was_drawn_anew_is_noise_and_controls_are_none_of_it():
     }
 
 
-def test_draws_of_fewer_tokens_say_so():
-    assert only(three()).noise.share == 1.0
-    assert only([r | {"share": 0.25} for r in three()]).noise.share == 0.25
+def test_the_noise_of_draws_of_a_quarter_of_the_tokens_is_halved():
+    whole = only(three()).noise
+    quarter = only([r | {"share": 0.25} for r in three()]).noise
+    assert (whole.share, quarter.share) == (1.0, 0.25)
+    for name in ("sd", "cv", "smallest_difference", "smallest_paired_difference"):
+        assert getattr(quarter, name) == pytest.approx(getattr(whole, name) / 2)
+    assert quarter.interval_ratio == pytest.approx(whole.interval_ratio)
+    assert quarter.signal_to_noise == pytest.approx(whole.signal_to_noise * 4)
     noise = only([row("a", 1.0)]).noise
     assert noise.share is None and "share" in noise.missing
 

