@@ -220,9 +220,9 @@ class _Auditor:
         for unit in _UNITS:
             bench = self._bench("unit", unit.name, self.suite)
             stage = bench.workbench.stage
-            subject: Any = SubjectInUnit(stage.subject, unit)
-            lab: Any = LabInUnit(stage.lab, unit)
-            bench.workbench.stage = stage._replace(subject=subject, lab=lab)
+            bench.workbench.stage = stage._replace(
+                subject=SubjectInUnit(stage.subject, unit), lab=LabInUnit(stage.lab, unit)
+            )
             there = [_in_unit(c, unit, self.options.device) for c in self._candidates()]
             found += self._measured(bench, there)
         return found

@@ -90,6 +90,7 @@ class SubjectInUnit:
 
     def __init__(self, subject: Any, unit: Unit) -> None:
         self._subject, self._unit = subject, unit
+        self.identity: Spec = subject.identity
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._subject, name)

@@ -40,6 +40,7 @@ from saebench.loaders._loader import Member, Told
 from saebench.loaders._native import read_native
 from saebench.progress import Meter, say
 from saebench.results import Entry, Omission, ScoreRow
+from saebench.rescaling import LabInUnit, SubjectInUnit
 from saebench.saes._dictionary import Dictionary
 from saebench.saes._normalized import Normalized
 from saebench.sites import parse_site
@@ -169,10 +170,10 @@ Loaded = LoadedModel | LoadedWorld
 class Stage(NamedTuple):
     """A language model, or what stands in its place, with the suite's text."""
 
-    subject: Subject
+    subject: Subject | SubjectInUnit
     stream: Stream
     """Of its activations, to train on."""
-    lab: ModelLab
+    lab: ModelLab | LabInUnit
     """For evals that bring their own text."""
 
 
@@ -196,7 +197,9 @@ class Workbench:
 
     @property
     def subject(self) -> Subject:
-        return self.stage.subject
+        subject = self.stage.subject
+        assert not isinstance(subject, SubjectInUnit), "there, SAEs are scored and nothing else"
+        return subject
 
     @property
     def stream(self) -> Stream:
@@ -461,7 +464,7 @@ class Workbench:
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:
         # Not that of its stage, which would make the untrained model to ask it for its name.
-        model = self.subject.identity
+        model = self.stage.subject.identity
         if candidate.untrained_lm:
             model = _untrained_identity(self.loaded)
         text: Spec = {
@@ -616,7 +619,7 @@ def _score_stream(bench: Workbench, runs: Sequence[EvalRun]) -> int:
         place = (candidate.untrained_lm, candidate.site, candidate.target)
         by_place.setdefault(place, {}).setdefault(candidate.name, []).append(run_)
     n_saes = sum(map(len, by_place.values()))
-    tokens = bench.subject.n_tokens
+    tokens = bench.stage.subject.n_tokens
     with Meter(f"scoring {n_saes} SAEs", n_saes * tokens, "tokens") as meter:
         for saes in by_place.values():
             jobs = list(saes.values())
@@ -806,7 +809,7 @@ class _Scoring:
         for run_ in runs:
             assert isinstance(run_.eval, StreamEval), "the other kinds are scored elsewhere"
             try:
-                if run_.eval.needs_outcome and not bench.subject.predicts:
+                if run_.eval.needs_outcome and not bench.stage.subject.predicts:
                     raise Skip(
                         "activations of a synthetic world: there is no language model whose loss could rise"
                     )

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple, final
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from saebench import auditor, registry, reliability, results, suite
@@ -45,6 +46,7 @@ class _Tally:
 
     def update(self, seen: Seen) -> None:
         x, x_hat, sequence = seen.batch.x.double(), seen.x_hat.double(), seen.batch.sequence
+        self.sums.add("tokens", sequence, torch.ones(len(x), dtype=torch.float64))
         self.sums.add("error", sequence, (x - x_hat).square().sum(-1))
         self.sums.add("length", sequence, x.square().sum(-1))
         self.n, self.d = self.n + len(x), x.shape[1]

@@ -19,6 +19,8 @@ ABOUT_ZERO = {"cosine", "shrinkage", "l2_ratio", "rescale_gain"}
 
 
 class ToySubject:
+    identity = {"id": "toy"}
+
     def __init__(self, world):
         self.world = world
 

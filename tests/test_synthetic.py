@@ -326,8 +326,14 @@ def test_probing_finds_its_tasks_without_being_told(run: Run, place: Place, writ
     monkeypatch.setattr("saebench.worldlabels.TOKENS", 2_000)
     monkeypatch.setattr("saebench.worldlabels._SINGLE", 4)
     monkeypatch.setattr("saebench.worldlabels._PAIRS", 1)
+    monkeypatch.setattr("saebench.worldlabels._CHILDREN", 1)
     small = {"sparse_probing": {"k": [1], "train": 100, "validation": 20, "test": 100}}
-    ended = run(write(evals=["sparsity", small], controls=[{"oracle": {"mixed": []}}]))
+    ended = run(
+        write(
+            evals=["sparsity", small],
+            controls=[{"oracle": {"mixed": [], "dropped": [], "permuted": []}}],
+        )
+    )
     assert ended.code == 0, ended.err
     found = scored(place).scores
     auc = found[found["metric"] == "probe_auc_k1"].set_index("sae")["value"]
