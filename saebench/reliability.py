@@ -74,6 +74,8 @@ ENOUGH_SAES = 3
 ENOUGH_POINTS = 3
 """For a rank correlation over snapshots, or within one L0."""
 ENOUGH_FOR_TRUTH = 30
+MATCHED = 1.05
+"""Up to so many times the L0 of the oracle, a trained SAE is compared with it."""
 HOLDS = 0.9
 """Share of pairs that must be in order."""
 RISES = 0.8
@@ -157,7 +159,7 @@ class TrainingNoise(NamedTuple):
 class Pairs(NamedTuple):
     """Of all pairs at one site, width and asked-for L0 (where both have one), those in which `better` is better.
 
-    A tie is none. `holds` is at least 90 % of them.
+    A tie is none. `holds` is at least 90 % of them. Beside an oracle stand SAEs of at most 1.05 times its measured L0.
     """
 
     better: str
@@ -364,7 +366,7 @@ def tidy(measured: pd.DataFrame) -> pd.DataFrame:
     frame = measured[list(COLUMNS)].copy()
     for name, kind in COLUMNS.items():
         if kind is str:
-            frame[name] = frame[name].fillna("").astype(str)
+            frame[name] = frame[name].astype(object).where(frame[name].notna(), "").astype(str)
         elif kind is bool:
             frame[name] = frame[name].astype(str).str.lower() == "true"
         else:
@@ -480,6 +482,8 @@ class _Row(NamedTuple):
     high: float | None
     degraded: str
     amount: float | None
+    active: float | None
+    """L0 as the suite itself measured it; None where it does not."""
 
     @property
     def recipe(self) -> tuple[str, float | None, float | None, str]:
@@ -507,10 +511,13 @@ _Run = tuple[str, int, str]
 
 def _by_version(frame: pd.DataFrame) -> dict[Version, list[_Row]]:
     found: dict[Version, list[_Row]] = {}
+    of_base = frame[(frame["what"] == "base") & (frame["metric"] == "l0")]
+    active = dict(zip(of_base["sae"], of_base["value"], strict=True))
     for record in frame[frame["what"] != "cost"].to_dict("records"):
         plain = {str(k): _none_for_nan(v) for k, v in record.items()}
         best = plain["best"] if plain["best"] in ("min", "max") else None
-        row = _Row(**{name: plain[name] for name in _Row._fields if name != "best"}, best=best)
+        own = {name: plain[name] for name in _Row._fields if name not in ("best", "active")}
+        row = _Row(**own, best=best, active=active.get(plain["sae"]))
         version = Version(plain["metric"], plain["eval"], int(plain["version"]), plain["params"])
         found.setdefault(version, []).append(row)
     return found
@@ -771,6 +778,13 @@ def _always(_: _Row, __: _Row) -> bool:
     return True
 
 
+def _as_sparse(oracle: _Row, trained: _Row) -> bool:
+    """An oracle has the L0 that it has; what has more active latents can explain more without knowing more."""
+    if oracle.active is None or trained.active is None:
+        return True
+    return trained.active <= MATCHED * oracle.active
+
+
 def _less_degraded(a: _Row, b: _Row) -> bool:
     return a.degraded == b.degraded and (a.amount or 0.0) < (b.amount or 0.0)
 
@@ -784,7 +798,7 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule("oracle", "trained", _is("oracle"), _is_trained, _always),
+    _Rule("oracle", "trained", _is("oracle"), _is_trained, _as_sparse),
     _Rule("oracle", "degraded oracle", _is("oracle"), _is_degraded, _always),
     _Rule("degraded oracle", "more degraded", _is_degraded, _is_degraded, _less_degraded),
     _Rule("trained", "frozen_decoder", _is_trained, _is("frozen_decoder"), _always),

@@ -306,6 +306,20 @@ def test_only_what_stands_at_one_place_is_a_pair():
     assert (kind.right, kind.pairs) == (1, 2)
 
 
+def test_an_oracle_is_not_compared_with_saes_of_more_active_latents():
+    saes = [row("sparse", 0.5), row("dense", 2.0), oracle(1.0)]
+    l0 = {"sparse": 5.0, "dense": 9.0, saes[-1]["sae"]: 6.0}
+    counted = [s | {"metric": "l0", "best": "", "value": l0[s["sae"]]} for s in saes]
+
+    def pairs(rows: Rows) -> tuple[int, int]:
+        found = next(m for m in made(rows).metrics if m.metric == "m")
+        kind = next(k for k in found.order.kinds if (k.better, k.worse) == ("oracle", "trained"))
+        return kind.right, kind.pairs
+
+    assert pairs([*saes, *counted]) == (1, 1)
+    assert pairs(saes) == (1, 2)  # where nobody knows
+
+
 def test_a_trained_oracle_is_no_oracle_and_nothing_is_tested_without_controls():
     found = only([row("a", 0.5), row("b", 0.9)])
     assert found.order.passes is None and "passes" in found.order.missing

@@ -36,7 +36,7 @@ _DEFINITIONS = (
     "seed: share of the variance between trained SAEs that is their training seed, after that of the evaluation is "
     "taken off; from recipes trained with two seeds or more. Training sd and recipe sd are the roots of its parts.",
     "order: pairs at the same site, width and asked-for L0 in which the metric ranks as it must; equal is wrong. Each "
-    "kind of pair must be right in 90 % or more.",
+    "kind of pair must be right in 90 % or more. Oracles are compared with SAEs of about their L0 or less.",
     "progress: rank correlation of the metric with training tokens over the snapshots of an SAE; the median, and how "
     "many are above 0.8.",
     "F1, MCC: rank correlation of the metric with the agreement of latents and known features, over the trained SAEs "
