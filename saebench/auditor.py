@@ -116,7 +116,9 @@ def _check(suite: Suite) -> None:
         )
 
 
-def _write(folder: Path, measured: pd.DataFrame, panel: reliability.Panel | None) -> reliability.Card:
+def _write(
+    folder: Path, measured: pd.DataFrame, panel: reliability.Panel | None
+) -> reliability.Card:
     results.write_text_whole(folder / "audit.csv", measured.to_csv(index=False))
     card = reliability.card(folder.name, measured, panel)
     results.write_text_whole(folder / "audit.json", reliability.as_json(card))

@@ -39,8 +39,8 @@ from saebench.loaders._files import Limits
 from saebench.loaders._loader import Member, Told
 from saebench.loaders._native import read_native
 from saebench.progress import Meter, say
-from saebench.results import Entry, Omission, ScoreRow
 from saebench.rescaling import LabInUnit, SubjectInUnit
+from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
 from saebench.saes._normalized import Normalized
 from saebench.sites import parse_site
@@ -932,7 +932,7 @@ def weights_checksum(sae: SAE) -> str:
 def open_model(suite: Suite, suite_file: Path, options: Options) -> Loaded:
     asked, beside = suite.model, suite_file.parent
     if asked.id is not None and asked.synthetic:
-        return load_world(asked.id, asked.dtype, options.device)
+        return load_world(asked.id, asked.dtype, options.device, Cache(options.cache))
     if asked.id is not None:
         return load_model(
             _local(asked.id, beside),

@@ -21,11 +21,12 @@ from torch import Tensor
 from saebench import sparse
 from saebench.cache import Cache
 from saebench.errors import UserError
+from saebench.progress import say
 from saebench.sites import nearest
 from saebench.subject import LanguageModel
 from saebench.text import TextTokens
 from saebench.types import Facts, Outcome, References, Site, SparseCode, Spec, Truth
-from saebench.worlds import LARGE, SMALL, Sampled, World
+from saebench.worlds import LARGE, SMALL, Sampled, World, separated
 
 WORLDS = {"builtin:synthetic-small": SMALL, "builtin:synthetic-16k": LARGE}
 """Recipes by what a suite calls them."""
@@ -47,6 +48,8 @@ _BATCH_NUMBERS = 2**23
 """Magnitudes of the features of a batch, at the most."""
 _MULTIPLIER = 0x1E3779B97F4A7C15
 """Odd, with bits set all over."""
+_QUICK = 2**20
+"""Numbers in directions that are made at once."""
 _KEPT_BYTES = 2**30
 """Up to which the evaluation text is kept in memory."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,8 +63,10 @@ class LoadedWorld(NamedTuple):
     """`id`, `revision` and `dtype`."""
 
 
-def load_world(name: str, dtype: str, device: str) -> LoadedWorld:
-    """One of `WORLDS`. Raises `UserError` where there is none of that name."""
+def load_world(name: str, dtype: str, device: str, cache: Cache) -> LoadedWorld:
+    """One of `WORLDS`; its directions, which take a minute where there are many, are kept. Raises `UserError` where
+    there is none of that name.
+    """
     if name not in WORLDS:
         raise UserError(
             f"there is no synthetic world {name!r}{nearest(name, WORLDS)}; expected one of {', '.join(WORLDS)}"
@@ -69,7 +74,20 @@ def load_world(name: str, dtype: str, device: str) -> LoadedWorld:
     said = json.dumps(asdict(WORLDS[name]) | {"version": _VERSION}, sort_keys=True)
     revision = f"sha256:{hashlib.sha256(said.encode()).hexdigest()}"
     identity = {"id": name, "revision": revision, "dtype": dtype}
-    return LoadedWorld(World(WORLDS[name], device), identity)
+
+    def separate(directions: Float[Tensor, "n_features d"], steps: int) -> Tensor:
+        # What rounds otherwise has its own.
+        numerics = [torch.__version__, torch.device(device).type, torch.get_num_threads()]
+        spec: Spec = {"kind": "directions", "revision": revision, "numerics": numerics}
+        found = cache.tensors(spec)
+        if found is None:
+            if directions.numel() > _QUICK:
+                say(f"making {len(directions):,} directions of {name}, which takes a minute")
+            found = {"directions": separated(directions, steps)}
+            cache.keep_tensors(spec, found)
+        return found["directions"].to(device)
+
+    return LoadedWorld(World(WORLDS[name], device, separate), identity)
 
 
 def world_text(context: int, train_tokens: int, eval_tokens: int, eval_seed: int) -> TextTokens:

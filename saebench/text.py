@@ -31,6 +31,8 @@ _TESTS = {"test", "tests", "idle_test", "idle_tests"}
 _FILE_KINDS = (".jsonl", ".txt", ".parquet")
 _TXT_DOCUMENT_CHARACTERS = 2_000
 _BATCH_CHARACTERS = 200_000
+
+
 class TooShort(UserError):
     """There is less text than was asked for."""
 

@@ -20,6 +20,7 @@ trees come last.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -124,17 +125,22 @@ class Sampled(NamedTuple):
     features: SparseCode
 
 
+Separate = Callable[[Tensor, int], Tensor]
+"""Directions [n_features d] and a number of steps -> directions that are further apart."""
+
+
 class World:
     """The tensors of a recipe, on one device."""
 
-    def __init__(self, recipe: Recipe, device: str) -> None:
+    def __init__(self, recipe: Recipe, device: str, separate: Separate | None = None) -> None:
+        """`separate`: in the place of `separated`, whoever has its result already."""
         self.recipe, self.device = recipe, device
         generator = torch.Generator().manual_seed(recipe.seed)
         self.rates = base_rates(recipe)
         self.mean_magnitudes = torch.linspace(*recipe.magnitudes, recipe.n_features)
         spread, sd = recipe.spread
         self.spreads = torch.randn(recipe.n_features, generator=generator).mul(sd).add(spread).abs()
-        self.directions = separated(
+        self.directions = (separate or separated)(
             torch.randn(recipe.n_features, recipe.d, generator=generator).to(device),
             recipe.separation_steps,
         )

@@ -180,7 +180,13 @@ def test_each_eval_has_its_cost(on_text: Audited):
 
 def test_the_card_and_the_figures_lie_beside_the_results(on_text: Audited):
     names = {path.name for path in on_text.folder.iterdir()}
-    assert {"audit.csv", "audit.json", "audit.md", "audit_progress.pdf", "audit_progress.png"} <= names
+    assert {
+        "audit.csv",
+        "audit.json",
+        "audit.md",
+        "audit_progress.pdf",
+        "audit_progress.png",
+    } <= names
     assert reliability.read(on_text.folder / "audit.json") == on_text.card
 
 

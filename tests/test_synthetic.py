@@ -29,7 +29,7 @@ def _tiny_world(monkeypatch):
 
 
 def subject_of(dtype="float32", context=32, train=640, evaluation=640, seed=0, rows=4):
-    loaded = load_world(NAME, dtype, "cpu")
+    loaded = load_world(NAME, dtype, "cpu", Cache(None))
     tokens = world_text(context, train, evaluation, seed)
     return SyntheticSubject(loaded.world, tokens, loaded.identity, Cache(None), rows)
 
@@ -140,13 +140,15 @@ def test_there_is_one_site_by_two_names():
 
 def test_an_unknown_world_is_refused_with_the_names_there_are():
     with pytest.raises(UserError, match="no synthetic world .*16k"):
-        load_world("builtin:synthetic-large", "float32", "cpu")
+        load_world("builtin:synthetic-large", "float32", "cpu", Cache(None))
 
 
 def test_another_recipe_is_another_model(monkeypatch):
-    before = load_world(NAME, "float32", "cpu").identity
+    before = load_world(NAME, "float32", "cpu", Cache(None)).identity
     monkeypatch.setitem(synthetic.WORLDS, NAME, replace(TINY, seed=43))
-    assert load_world(NAME, "float32", "cpu").identity["revision"] != before["revision"]
+    assert (
+        load_world(NAME, "float32", "cpu", Cache(None)).identity["revision"] != before["revision"]
+    )
 
 
 # Suites
