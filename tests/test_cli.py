@@ -356,3 +356,31 @@ def test_a_figure_of_an_unknown_format_is_refused(
     assert (ended.code, ended.out) == (2, "")
     assert ".pdf, .svg, .png" in ended.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_audit_takes_its_panel_from_beside_the_results(
+    saebench: Run, write_suite: WriteSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from saebench import auditor, reliability
+
+    asked: list[tuple[object, ...]] = []
+
+    def audit(suite, path, options, extent, truth):
+        asked.append((extent, truth))
+        return reliability.Card(reliability.SCHEMA, suite.name, 0, ())
+
+    monkeypatch.setattr(auditor, "audit", audit)
+    arguments = (write_suite(), "--results", tmp_path / "results", "--draws", "3")
+    assert saebench("audit", *arguments).code == 0
+    panel = tmp_path / "results" / "synthetic_small"
+    panel.mkdir(parents=True)
+    (panel / "audit.csv").write_text("")
+    assert saebench("audit", *arguments).code == 0
+    assert saebench("audit", *arguments, "--truth", tmp_path).code == 0
+    extent = auditor.Extent(draws=3, references=6, seeds=3)
+    assert asked == [(extent, None), (extent, panel), (extent, tmp_path)]
+
+
+def test_an_audit_of_one_draw_is_refused(saebench: Run, write_suite: WriteSuite):
+    ended = saebench("audit", write_suite(), "--draws", "1")
+    assert ended.code == 2 and "draws" in ended.err
