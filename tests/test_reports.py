@@ -485,6 +485,28 @@ def seeded(folder: Path, values: dict[str, list[float]], sd: float = 0.01) -> re
     return write(folder, saes)
 
 
+def test_seeds_that_have_found_other_features_have_an_interval_about_their_mean(tmp_path):
+    """Two features are common to all seeds, and these are unlike the others."""
+    found = {
+        f"topk-s{seed}": (
+            trained("topk", seed=seed),
+            [
+                row(
+                    "explained_variance",
+                    [0.0, 0.0, *noisy(0.9, 0.05, seed, 30)],
+                    unit="feature",
+                    ids=["1", "2", *(str(100 * seed + i) for i in range(3, 33))],
+                )
+            ],
+        )
+        for seed in range(3)
+    }
+    evidence = Evidence(write(tmp_path, found))
+    seeds = evidence.seeds(VARIANCE, evidence.groups[0].ranked[0])
+    assert seeds.mean == pytest.approx(0.9 * 30 / 32)
+    assert seeds.low < seeds.mean < seeds.high and seeds.high - seeds.low < 0.3
+
+
 def test_seeds_of_a_recipe_are_one_row_with_their_mean(tmp_path):
     made = seeded(tmp_path / "toy", {"topk": [0.80, 0.82, 0.84], "relu": [0.6]})
     Leaderboard()(made, tmp_path)

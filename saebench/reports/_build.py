@@ -15,6 +15,7 @@ from saebench.reports._blocks import Contender, Group
 from saebench.reports._evidence import Evidence
 from saebench.reports._table import (
     MISSED,
+    OWN_UNITS,
     Block,
     Cell,
     Heading,
@@ -357,10 +358,10 @@ def _about_intervals(headings: Sequence[Heading]) -> str:
 
 def _about_test(headings: Sequence[Heading]) -> str:
     units = {heading.unit for heading in headings if heading.best is not None}
-    paired = sorted(_RESAMPLED[unit] for unit in units - {"latent"})
+    paired = sorted(_RESAMPLED[unit] for unit in units - {*OWN_UNITS})
     tests = [f"paired test on the same {' or '.join(paired)}"] if paired else []
-    if "latent" in units:
-        tests.append("unpaired over latents")
+    if own := sorted(_RESAMPLED[unit] for unit in units & {*OWN_UNITS}):
+        tests.append(f"unpaired over {' and '.join(own)}")
     return "; ".join(tests)
 
 

@@ -20,6 +20,7 @@ from saebench import stats
 from saebench.errors import UserError
 from saebench.reports._table import (
     MISSED,
+    OWN_UNITS,
     Best,
     Key,
     keys,
@@ -252,8 +253,7 @@ def _tested(a: Side, b: Side, key: Key) -> Row:
     found = {"a": _units(a, key), "b": _units(b, key)}
     about = of_key(a.scores, key).iloc[0]
     best: Best = about["best"] if about["best"] in ("min", "max") else None
-    # Latents of two SAEs are not the same things.
-    paired = about["unit"] != "latent"
+    paired = about["unit"] not in OWN_UNITS
     if paired:
         found = files.on_common_units(found)
         if len(found["a"].num) == 0:

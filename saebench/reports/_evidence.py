@@ -20,7 +20,15 @@ from saebench import results as files
 from saebench import stats
 from saebench.reports import _seeds
 from saebench.reports._blocks import Contender, Group, grouped
-from saebench.reports._table import Against, Best, Key, Standing, newest, of_key
+from saebench.reports._table import (
+    OWN_UNITS,
+    Against,
+    Best,
+    Key,
+    Standing,
+    newest,
+    of_key,
+)
 from saebench.results import Results, Units
 from saebench.stats import Bootstrap, Column, Difference, Statistic
 
@@ -42,8 +50,8 @@ class Measured(NamedTuple):
 
     @property
     def paired(self) -> bool:
-        """One SAE's latents are not another's."""
-        return self.unit != "latent"
+        """Units of two SAEs can be paired."""
+        return self.unit not in OWN_UNITS
 
 
 @final

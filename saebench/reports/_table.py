@@ -15,6 +15,8 @@ from saebench.errors import NothingToShow, UserError
 from saebench.reliability import Badge
 from saebench.results import Results
 
+OWN_UNITS = ("latent", "feature")
+"""One SAE's latents are not another's, nor are the features that it has found."""
 MISSED = 0.1
 """An asked-for L0 is missed when the measured one is off by more than this share of it."""
 
