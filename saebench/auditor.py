@@ -183,13 +183,10 @@ class _Auditor:
         bench = self._bench("snapshot", "", _changed(self.suite, training={"snapshots": counts}))
         chosen = _one_of_each_family(self.runs)
         bench.workbench.train(runner.with_parents(chosen))
-        found: list[Row] = []
-        for run in chosen:
-            kept = bench.workbench.snapshots(run)
-            for count, candidate in zip(counts, kept, strict=True):
-                rows = self._measured(bench, [candidate])
-                found += [row | {"tokens": count} for row in rows]
-        return found
+        kept = [bench.workbench.snapshots(run) for run in chosen]
+        seen = {c.name: n for of in kept for n, c in zip(counts, of, strict=True)}
+        rows = self._measured(bench, [candidate for of in kept for candidate in of])
+        return [row | {"tokens": seen[row["sae"]]} for row in rows]
 
     def _counts(self) -> list[int]:
         """Numbers of tokens from a fiftieth of the training to all of it, no two of one step."""

@@ -684,3 +684,9 @@ def fits(value: Any, schema: dict[str, Any], defs: dict[str, Any]) -> bool:
             and (others is not False or value.keys() <= known.keys())
         )
     return True
+
+
+def test_a_draw_that_there_is_not_is_refused(tmp_path: Path):
+    drawn = VALID.replace("eval_tokens: 600", "eval_tokens: 600, eval_draws: 3, eval_draw: {}")
+    assert "eval_draw is 3" in refusal(tmp_path, drawn.replace("{}", "3"))
+    assert loaded(tmp_path, drawn.replace("{}", "2")).text.eval_draw == 2

@@ -186,6 +186,32 @@ def test_no_text_is_on_both_sides_even_when_it_comes_twice(tmp_path):
     assert not numbers[0] & numbers[1]
 
 
+def test_documents_kept_from_training_are_dealt_into_texts_that_share_none(tmp_path):
+    source = jsonl(tmp_path, stories(400))
+    one_row = len(BYTES(stories(1)[0])["input_ids"]) + 1
+
+    def drawn(*draw):
+        return text.tokenize(source, BYTES, one_row, 500, 1_000, 0.5, 1, text.Draw(*draw))
+
+    hands = [text.hand_of(document, 3) for document in text.documents(source)]
+    assert min(np.bincount(hands)) > 100
+    whole, *parts = drawn(0, 1), *(drawn(i, 3) for i in range(3))
+    rows = [{bytes(row) for row in part.evaluation} for part in parts]
+    assert all(len(found) >= 1_000 // one_row for found in rows)
+    assert not rows[0] & rows[1] and not rows[0] & rows[2] and not rows[1] & rows[2]
+    assert all(part.fingerprint_train == whole.fingerprint_train for part in parts)
+    plain = text.tokenize(source, BYTES, one_row, 500, 1_000, 0.5)
+    assert whole.fingerprint_eval == plain.fingerprint_eval
+    assert len({part.fingerprint_eval for part in (whole, *parts)}) == 4
+
+
+def test_a_part_of_the_documents_may_be_too_short(tmp_path):
+    source = jsonl(tmp_path, stories(40))
+    assert len(text.tokenize(source, BYTES, 16, 10, 500, 0.5).evaluation)
+    with pytest.raises(text.TooShort, match="evaluation tokens"):
+        text.tokenize(source, BYTES, 16, 10, 500, 0.5, 1, text.Draw(0, 20))
+
+
 # Packing
 
 
