@@ -227,17 +227,19 @@ class _Auditor:
         return found
 
     def _costs(self) -> list[Row]:
-        """Each eval alone on the first reference, where what all SAEs share is done already."""
+        """Each eval alone on the first reference, after all of them were once: what SAEs share is done by then."""
         candidate, found = self._candidates()[0], []
-        device = self.options.device
         with tempfile.TemporaryDirectory() as scratch:
-            bench = _Bench("cost", "", self._workbench(self.suite, Path(scratch)))
-            for run in bench.workbench.eval_runs([candidate]):
-                if not isinstance(run.eval, StreamEval | TextEval):
-                    continue
-                if isinstance(run.eval, TextEval):
-                    bench.workbench.prepared(run.eval, candidate)
-                with _measuring(device) as costs:
+            bench = _Bench("cost", "", self._workbench(self.suite, Path(scratch) / "before"))
+            runs = [
+                run
+                for run in bench.workbench.eval_runs([candidate])
+                if isinstance(run.eval, StreamEval | TextEval)
+            ]
+            self._score(bench, runs)
+            bench.workbench.folder = Path(scratch) / "timed"
+            for run in runs:
+                with _measuring(self.options.device) as costs:
                     self._score(bench, [run])
                 (cost,) = costs
                 nothing = {"value": None, "low": None, "high": None}

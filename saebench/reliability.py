@@ -639,7 +639,9 @@ def _pooled_sd(y: Floats) -> float | Missing:
     if freedom == 0:
         return Missing("no evaluation of a trained SAE was drawn anew")
     squares = sum(float(np.square(x - x.mean()).sum()) for x in map(_finite, y) if len(x))
-    return math.sqrt(squares / freedom)
+    sd = math.sqrt(squares / freedom)
+    # What only rounding moves does not move.
+    return sd if sd > _NOTHING * float(np.nanmax(np.abs(y))) else 0.0
 
 
 def _finite(x: Floats) -> Floats:

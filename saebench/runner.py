@@ -459,7 +459,7 @@ class Workbench:
             made,
             load,
             shuffled=built.shuffled,
-            parents_codes=built.parents_codes,
+            parents_codes=built.has_parents_codes(plan),
         )
 
     def _spec(self, candidate: Candidate, eval_name: str, eval_: Eval) -> Spec:

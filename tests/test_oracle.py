@@ -203,3 +203,14 @@ def test_a_share_of_too_few_latents_is_refused():
         UserError, match=r"spoils 1 of 60 latents with permuted 0\.02; .* 2 or more"
     ):
         Oracle(permuted=(0.02,)).plan(ASKED)
+
+
+def test_an_oracle_whose_rows_are_exchanged_has_the_codes_of_the_whole_one():
+    control = Oracle()
+    told = {
+        planned.suffix: control.has_parents_codes(planned) for planned in control.plan(ASKED)
+    }
+    assert {suffix for suffix, same in told.items() if same} == {
+        suffix for suffix in told if "permuted" in suffix
+    }
+    assert sum(told.values()) == 2

@@ -150,6 +150,17 @@ def test_only_what_was_drawn_anew_is_noise_and_controls_are_none_of_it():
     }
 
 
+def test_what_only_rounding_moves_has_no_noise():
+    rows = [
+        r
+        for i, sae in enumerate("abc")
+        for r in drawn(sae, (0.1 * (i + 1), 0.1 * (i + 1) + 1e-16, 0.1 * (i + 1)))
+    ]
+    noise = only(rows).noise
+    assert noise.sd == 0 and noise.signal_to_noise is None
+    assert noise.missing["signal_to_noise"] == "the draws do not differ"
+
+
 def test_the_noise_of_draws_of_a_quarter_of_the_tokens_is_halved():
     whole = only(three()).noise
     quarter = only([r | {"share": 0.25} for r in three()]).noise

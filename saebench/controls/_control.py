@@ -83,6 +83,9 @@ class BuiltControl(Control):
     parents_codes: ClassVar[bool] = False
     """Whether its codes are those of its parent, so that evals of codes alone can say nothing of it."""
 
+    def has_parents_codes(self, planned: Planned) -> bool:  # noqa: ARG002  (some have where others have not)
+        return self.parents_codes
+
     @abstractmethod
     def build(self, planned: Planned, material: Material) -> SAE: ...
 

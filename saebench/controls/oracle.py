@@ -85,6 +85,12 @@ class Oracle(BuiltControl):
             for suffix in ["", *(damage.suffix for damage in self._damages())]
         ]
 
+    def has_parents_codes(self, planned: Planned) -> bool:
+        """Where decoder rows alone are exchanged."""
+        return any(
+            d.way == "permuted" and planned.suffix.endswith(d.suffix) for d in self._damages()
+        )
+
     def build(self, planned: Planned, material: Material) -> TrueFeatures:
         assert planned.width is not None, "planned from a trained SAE"
         assert material.known is not None, "the suite was checked for controls that need it"
