@@ -443,3 +443,12 @@ def test_labels_far_more_crowded_than_that_still_stand_apart_and_inside():
 )
 def test_tokens_are_counted_in_thousands_and_millions(n, text):
     assert figures._count(n) == text
+
+
+def test_an_axis_of_nine_powers_of_ten_has_ticks_on_some_of_them():
+    axis = figures.pareto._Axis("", None, True)
+    ticks = figures._ticks(axis, -9.0, -0.3)
+    assert 2 <= len(ticks) <= figures._MOST_TICKS
+    powers = np.log10(ticks)
+    np.testing.assert_allclose(powers, powers.round())
+    assert -9 <= powers.min() and powers.max() <= -0.3

@@ -213,4 +213,4 @@ def test_an_oracle_whose_rows_are_exchanged_has_the_codes_of_the_whole_one():
     assert {suffix for suffix, same in told.items() if same} == {
         suffix for suffix in told if "permuted" in suffix
     }
-    assert sum(told.values()) == 2
+    assert sum(told.values()) == 4  # of two shares and two widths

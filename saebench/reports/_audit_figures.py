@@ -675,7 +675,7 @@ def _outside(controls: pd.DataFrame) -> str:
 
 
 def _ticks(axis: Any, low: float, high: float) -> list[float]:
-    """Round numbers; of a logarithmic axis the densest of three kinds that is not too dense."""
+    """Round numbers; of a logarithmic axis the densest of some kinds that is not too dense."""
     if axis.log:
         decades = range(math.floor(low), math.ceil(high) + 1)
         for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -683,6 +683,8 @@ def _ticks(axis: Any, low: float, high: float) -> list[float]:
             found = [tick for tick in found if low <= math.log10(tick) <= high]
             if 2 <= len(found) <= _MOST_TICKS:
                 return found
+        if len(found) > _MOST_TICKS:  # so many powers of ten that some have to do
+            return found[:: math.ceil(len(found) / _MOST_TICKS)]
         low, high = axis.back(low), axis.back(high)
     found = []
     for n in range(_MOST_TICKS, 2 * _MOST_TICKS):  # many are asked for where few are found
