@@ -451,4 +451,4 @@ def test_an_axis_of_nine_powers_of_ten_has_ticks_on_some_of_them():
     assert 2 <= len(ticks) <= figures._MOST_TICKS
     powers = np.log10(ticks)
     np.testing.assert_allclose(powers, powers.round())
-    assert -9 <= powers.min() and powers.max() <= -0.3
+    assert powers.min() >= -9 and powers.max() <= -0.3

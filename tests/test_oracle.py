@@ -207,9 +207,7 @@ def test_a_share_of_too_few_latents_is_refused():
 
 def test_an_oracle_whose_rows_are_exchanged_has_the_codes_of_the_whole_one():
     control = Oracle()
-    told = {
-        planned.suffix: control.has_parents_codes(planned) for planned in control.plan(ASKED)
-    }
+    told = {planned.suffix: control.has_parents_codes(planned) for planned in control.plan(ASKED)}
     assert {suffix for suffix, same in told.items() if same} == {
         suffix for suffix in told if "permuted" in suffix
     }
