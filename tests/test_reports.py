@@ -485,6 +485,19 @@ def seeded(folder: Path, values: dict[str, list[float]], sd: float = 0.01) -> re
     return write(folder, saes)
 
 
+def test_seeds_of_different_numbers_of_units_are_one_column_of_the_same_mean_and_noise():
+    """By hand: the mean of seeds, and sqrt(sum of their variances of the mean) over their number."""
+    seeds = [
+        Column(noisy(mean, sd, seed, n), np.ones(n), "ratio")
+        for seed, (mean, sd, n) in enumerate([(0.2, 0.3, 400), (0.5, 0.1, 100), (0.8, 0.2, 900)])
+    ]
+    made = _seeds.recipe_column(seeds)
+    assert made.num.mean() == pytest.approx(0.5)
+    squares = [0.3**2 / 400, 0.1**2 / 100, 0.2**2 / 900]
+    error = np.sqrt(np.square(made.num - 0.5).sum()) / len(made.num)
+    assert error == pytest.approx(np.sqrt(sum(squares)) / 3, rel=0.01)
+
+
 def test_seeds_that_have_found_other_features_have_an_interval_about_their_mean(tmp_path):
     """Two features are common to all seeds, and these are unlike the others."""
     found = {

@@ -3,6 +3,7 @@
 A recipe's value is the mean R over its S seeds. Its column is, unit by unit, the mean over seeds of what the unit
 says of their values: R_s + z_si with the influence z_si = (num_i - R_s den_i) / mean(den). Its mean is R, and its
 spread over units is what the evaluation does to R: what it does to all seeds alike stays, the rest averages out.
+Seeds that have found different numbers of features have their units one after the other.
 
 Two recipes are told apart only where two tests say so: that over units, which takes the trained SAEs as they are, and
 Student's t on
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from saebench import ranks, stats
 from saebench.ranks import Best, Ranking
-from saebench.stats import Bootstrap, Column, Difference
+from saebench.stats import Bootstrap, Column, Difference, Floats
 
 _Z = 1.959964  # the 97.5 % point of the normal distribution
 
@@ -60,12 +61,25 @@ def recipe_column(seeds: Sequence[Column]) -> Column:
     if seeds[0].statistic != "ratio":
         num, den = (np.concatenate([column[part] for column in seeds]) for part in (0, 1))
         return Column(num, den, seeds[0].statistic)
-    told = []
-    for column in seeds:
+    values = np.array([stats.value(*column) for column in seeds])
+    influences = []
+    for value, column in zip(values, seeds, strict=True):
         num, den = (np.asarray(part, dtype=np.float64) for part in column[:2])
-        value = stats.value(*column)
-        told.append(value + (num - value * den) / den.mean())
-    return Column(np.mean(told, axis=0), np.ones(len(told[0])), "ratio")
+        influences.append((num - value * den) / den.mean())
+    told = values.mean() + _together(influences)
+    return Column(told, np.ones(len(told)), "ratio")
+
+
+def _together(influences: Sequence[Floats]) -> Floats:
+    """Unit by unit where seeds have as many; else one after the other, of the same mean and variance of the mean.
+
+    With n_s units of each of S seeds and N of all, these are z_si N / (S n_s).
+    """
+    counts = np.array([len(z) for z in influences])
+    if len(set(counts.tolist())) == 1:
+        return np.asarray(np.mean(influences, axis=0))
+    weights = counts.sum() / (len(counts) * counts)
+    return np.concatenate([z * w for z, w in zip(influences, weights, strict=True)])
 
 
 def _differ(
