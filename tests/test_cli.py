@@ -34,7 +34,7 @@ def imported_by(folder: Path, *arguments: str) -> set[str]:
         [sys.executable, "-c", code, *arguments],
         check=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     return {name.partition(".")[0] for name in seen.read_text().split()}

@@ -430,7 +430,7 @@ def test_the_endpoint_of_the_environment_is_asked(hub: Hub, tmp_path: Path):
         | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, f"{ONE}\n"), ended.stderr

@@ -75,7 +75,7 @@ def start_dying(place: Place, suite_file: Path, end: str) -> subprocess.Complete
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(cli.__file__).parents[1])},
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -173,7 +173,7 @@ def test_a_run_killed_again_and_again_ends_as_if_undisturbed(finished: Finished,
         [Path(sys.executable).with_name("saebench"), *place.arguments(finished.plain)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert ended.returncode == 0, ended.stderr
@@ -655,7 +655,7 @@ def test_two_suites_do_not_write_to_the_same_results_at_once(
         other = write_suite(saes=[{"variant": "relu", "width": 64, "l0": 8}])
         assert run(other).code == 2
         first.send_signal(signal.SIGCONT)
-        assert first.wait(timeout=60) == 0
+        assert first.wait(timeout=300) == 0
     finally:
         first.kill()
         first.wait()

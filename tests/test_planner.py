@@ -300,7 +300,7 @@ def test_a_measurement_is_about_as_long_as_the_work(options: Options):
     clock = planner._Clock("cpu")
     import time
 
-    assert clock.seconds(lambda: time.sleep(0.02)) == pytest.approx(0.02, rel=0.5)
+    assert 0.02 <= clock.seconds(lambda: time.sleep(0.02)) < 1
 
 
 def test_the_wrong_pattern_is_refused_without_the_text(tmp_path: Path, options: Options):
