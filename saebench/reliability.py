@@ -681,7 +681,9 @@ def _signal_to_noise(rows: Sequence[_Row], s: float | Missing) -> float | Missin
     squares, freedom = _within([(row.site, row.value) for row in panel])
     if freedom == 0:
         return Missing("no two trained SAEs are at one site")
-    return squares / freedom / s**2
+    between = math.sqrt(squares / freedom)
+    largest = max(abs(row.value) for row in panel)
+    return (between / s) ** 2 if between > _NOTHING * largest else 0.0
 
 
 def _within(labelled: Iterable[tuple[Any, float]]) -> tuple[float, int]:
