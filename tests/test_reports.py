@@ -11,7 +11,7 @@ import scipy.stats
 
 from saebench import registry, results
 from saebench.errors import UserError
-from saebench.reports import _seeds
+from saebench.reports import _seeds, pareto
 from saebench.reports._blocks import grouped
 from saebench.reports._evidence import Evidence
 from saebench.reports._table import Key, natural, number
@@ -483,6 +483,24 @@ def seeded(folder: Path, values: dict[str, list[float]], sd: float = 0.01) -> re
             rows = [row("explained_variance", own), row("l0", 8 + noisy(0, 1, seed), best=None)]
             saes[f"{variant}-s{seed}"] = (trained(variant, seed=seed), rows)
     return write(folder, saes)
+
+
+def test_of_oracles_the_whole_one_is_drawn(tmp_path):
+    def one(entry, value):
+        rows = [row("l0", [8.0] * 5), row("explained_variance", [value] * 5)]
+        return entry, rows
+
+    whole = Entry("reference", "oracle", 64, None, None, SITE)
+    made = write(
+        tmp_path,
+        {
+            "topk": one(trained("topk"), 0.8),
+            "oracle-w64": one(whole, 0.9),
+            "oracle-w64-mixed25": one(whole, 0.7),
+        },
+    )
+    points = pareto._plot(made, "l0", "explained_variance").points
+    assert sorted(points.index) == ["oracle-w64", "topk"]
 
 
 def test_seeds_of_different_numbers_of_units_are_one_column_of_the_same_mean_and_noise():

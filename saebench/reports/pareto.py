@@ -313,7 +313,14 @@ def _points(across: pd.DataFrame, up: pd.DataFrame) -> pd.DataFrame:
         points[f"{axis}_high"] = rows.loc[both, "ci_high"].fillna(value)
     several = points.loc[points["kind"].isin(_LINES), "width"].dropna().nunique() > 1
     points["label"] = _labels(points, with_width=several)
-    return points
+    return _first_of_its_kind(points)
+
+
+def _first_of_its_kind(points: pd.DataFrame) -> pd.DataFrame:
+    """Of references of one name that have no sparsity of their own, the first: the others are spoilt copies of it."""
+    alike = points[(points["kind"] == "reference") & points["target_l0"].isna()]
+    again = alike.duplicated(["variant", "width", "site"])
+    return points.drop(index=alike.index[again])
 
 
 def _seeds_together(points: pd.DataFrame) -> pd.DataFrame:
