@@ -195,7 +195,9 @@ def test_without_a_panel_truth_is_missing_with_its_reason(on_text: Audited):
     assert on_text.of("explained_variance").truth.missing
 
 
-def test_a_second_audit_scores_nothing_again_but_what_is_timed(on_text: Audited, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_audit_scores_nothing_again_but_what_is_timed(
+    on_text: Audited, monkeypatch: pytest.MonkeyPatch
+):
     from saebench import runner
 
     before = on_text.measured.query("what != 'cost'").reset_index(drop=True)
