@@ -160,9 +160,9 @@ class _Auditor:
 
     def _base(self) -> list[Row]:
         bench = self.base.workbench
-        trained, controls = self.runs + self._reseeded(), bench.controls()
-        bench.train(runner.with_parents(runner.to_train(trained, controls)))
-        more = [bench.trained(run) for run in self._reseeded()]
+        further = self._other_seeds()
+        bench.train(runner.with_parents(runner.to_train(self.runs + further, bench.controls())))
+        more = [bench.trained(run) for run in further]
         return self._measured(self.base, [*bench.candidates(), *more])
 
     def _redraws(self) -> list[Row]:
@@ -256,11 +256,12 @@ class _Auditor:
         ]
         return self.suite.model_copy(update={"controls": [*self.suite.controls, *more]})
 
-    def _reseeded(self) -> list[TrainRun]:
+    def _other_seeds(self) -> list[TrainRun]:
         """Further trainings of the first references."""
         found = []
         for run in self.references[:3]:
-            there = {r.sae.seed for r in self.runs if _recipe(r) == _recipe(run)}
+            alike = runner.family(run)
+            there = {r.sae.seed for r in self.runs if runner.family(r) == alike}
             missing = [s for s in range(self.extent.seeds + len(there)) if s not in there]
             for seed in missing[: max(0, self.extent.seeds - len(there))]:
                 found.append(dataclasses.replace(run, sae=run.sae.with_seed(seed)))
@@ -390,12 +391,6 @@ def _spread(runs: Sequence[TrainRun], n: int) -> list[TrainRun]:
     """So many of them, from all over the list."""
     places = np.linspace(0, len(runs) - 1, min(n, len(runs))).round().astype(int)
     return [runs[place] for place in places]
-
-
-def _recipe(run: TrainRun) -> tuple[Any, ...]:
-    """All but the seed."""
-    sae = run.sae
-    return (sae.variant, sae.recipe, sae.width, sae.l0, sae.site, sae.target, sae.of)
 
 
 def _one_of_each_family(runs: Sequence[TrainRun]) -> list[TrainRun]:

@@ -83,6 +83,7 @@ NormOption = Annotated[
     ),
 ]
 ResultsOption = Annotated[Path, typer.Option(help="where results go")]
+CheckpointsOption = Annotated[Path, typer.Option(help="where trained SAEs go")]
 CacheOption = Annotated[Path, typer.Option(help="where activations are kept")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 _RESULT_FILES = "sae_bench_json"
@@ -94,7 +95,7 @@ Kind = Enum("Kind", {kind: kind for kind in (*registry.KINDS, "suites")})  # typ
 def run(  # noqa: PLR0913  (the options of the command)
     suite: SuiteFile,
     results: ResultsOption = Path("results"),
-    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs go")] = Path("checkpoints"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
     cache: CacheOption = Path("cache"),
     no_cache: Annotated[bool, typer.Option("--no-cache", help="compute activations anew")] = False,
     device: DeviceOption = "auto",
@@ -332,7 +333,7 @@ def report(
 def audit(  # noqa: PLR0913  (the options of the command)
     suite: SuiteFile,
     results: ResultsOption = Path("results"),
-    checkpoints: Annotated[Path, typer.Option(help="where trained SAEs go")] = Path("checkpoints"),
+    checkpoints: CheckpointsOption = Path("checkpoints"),
     cache: CacheOption = Path("cache"),
     device: DeviceOption = "auto",
     draws: Annotated[int, typer.Option(help="evaluation texts that are drawn", min=2)] = 5,
