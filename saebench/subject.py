@@ -757,6 +757,13 @@ class LanguageModel:
         self, site: Site, rows: Int[Tensor, "rows context"], clean: Clean
     ) -> Float[Tensor, "rows context vocabulary"]:
         """Logits of the model with this stream at the site."""
+        with self._resuming(site, clean):
+            logits: Tensor = self._forward(rows).logits
+        return logits
+
+    @contextmanager
+    def _resuming(self, site: Site, clean: Clean) -> Iterator[None]:
+        """Forward passes begin with this stream at the site."""
         base = self._base(site)
         with ExitStack() as stack:
             if base is not None:
@@ -770,8 +777,7 @@ class LanguageModel:
                 stack.enter_context(_replacing(self._tap(site), clean.stream))
             else:
                 self._enter(stack, site, clean.stream)
-            logits: Tensor = self._forward(rows).logits
-        return logits
+            yield
 
     def _enter(self, stack: ExitStack, site: Site, stream: Tensor) -> None:
         """Lets the next forward pass begin at a stream of the residual; nothing below it runs."""
@@ -932,6 +938,7 @@ class Passage:
         self._lm, self._site, self._rows = lm, site, rows
         self._tokens, self._scored = ~special, _scored(special)
         self._clean = lm.clean(site, rows)
+        self._whole: dict[bool, _Passed] = {}  # unreplaced, with later streams and without
         self.x: Float[Tensor, "n d"] = self._clean.stream[self._tokens].float()
 
     def divergence(
@@ -942,24 +949,41 @@ class Passage:
         """
         stream = self._clean.stream.clone()
         stream[self._tokens] = replacement.to(stream.dtype)
-        log_p, found = self._run(stream, later)
-        with torch.no_grad():
-            clean_log_p, wanted = self._run(self._clean.stream, later)
-        kl = nn.functional.kl_div(log_p, clean_log_p, reduction="none", log_target=True)
-        error = [_unexplained(wanted[at], found[at]) for at in found]
-        return kl.sum() / len(log_p), torch.stack(error).mean() if error else None
+        found, clean = self._run(stream, later), self._unreplaced(later)
+        kl = nn.functional.kl_div(found.log_p, clean.log_p, reduction="none", log_target=True)
+        error = [_unexplained(clean.later[at], found.later[at]) for at in found.later]
+        return kl.sum() / len(found.log_p), torch.stack(error).mean() if error else None
 
-    def _run(self, stream: Tensor, later: bool) -> tuple[Tensor, dict[Site, Tensor]]:
+    @torch.no_grad()
+    def _unreplaced(self, later: bool) -> "_Passed":
+        """The same for all that is put in its place."""
+        if later not in self._whole:
+            self._whole[later] = self._run(self._clean.stream, later)
+        return self._whole[later]
+
+    def _run(self, stream: Tensor, later: bool) -> "_Passed":
         seen: dict[Site, Tensor] = {}
 
         def take(site: Site, stream: Tensor) -> None:
             seen[site] = stream[self._tokens].float()
 
+        # Found before anything is replaced or seen: looking for a place may run the model on other rows.
+        taps = {site: self._lm._tap(site) for site in self._lm.later(self._site) if later}
+        clean = Clean(stream, self._clean.base)
         with ExitStack() as stack:
-            for site in self._lm.later(self._site) if later else []:
-                stack.enter_context(_seeing(self._lm._tap(site), partial(take, site)))
-            logits = self._lm._resumed(self._site, self._rows, Clean(stream, self._clean.base))
-        return logits[self._scored].float().log_softmax(-1), seen
+            stack.enter_context(self._lm._resuming(self._site, clean))
+            for site, tap in taps.items():
+                stack.enter_context(_seeing(tap, partial(take, site)))
+            logits = self._lm._forward(self._rows).logits
+        return _Passed(logits[self._scored].float().log_softmax(-1), seen)
+
+
+class _Passed(NamedTuple):
+    """What came out of a pass, and what it went through."""
+
+    log_p: Float[Tensor, "m vocabulary"]
+    later: dict[Site, Float[Tensor, "n d"]]
+    """Empty unless asked for."""
 
 
 def _unexplained(target: Float[Tensor, "n d"], found: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

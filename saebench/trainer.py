@@ -197,6 +197,7 @@ class Stream:
         self._starts = np.concatenate([[0], counts.cumsum()])
         self._statistics: dict[Site, Scaling] = {}
         self._last: tuple[int, dict[Site, Tensor]] | None = None
+        self._passages: dict[tuple[Site, int], Passage] = {}
 
     def batches(
         self, first_step: int, ahead: Executor | None = None
@@ -237,6 +238,14 @@ class Stream:
         chosen = self._order[np.arange(step * n, (step + 1) * n) % len(self._order)]
         ids = torch.from_numpy(self.rows[chosen].astype(np.int64))
         return ids, torch.from_numpy(self.special[chosen])
+
+    def passage(self, site: Site, step: int) -> Passage:
+        """Those sequences on their way through the model: the same for all SAEs of a step."""
+        if (site, step) not in self._passages:
+            others = {key: kept for key, kept in self._passages.items() if key[1] == step}
+            here = self.subject.passage(site, *self.sequences(step))
+            self._passages = others | {(site, step): here}
+        return self._passages[site, step]
 
     def statistics(self) -> dict[Site, Scaling]:
         """Mean and sqrt(E|x - mean|^2) of the first block."""
@@ -425,7 +434,7 @@ class _Pupil:
 
     def _whole_sequences(self, progress: float, generator: torch.Generator) -> Lesson:
         sae, statistics = self.run.sae, self.stream.statistics()[self.run.sae.site]
-        passage = self.stream.subject.passage(sae.site, *self.stream.sequences(self.step))
+        passage = self.stream.passage(sae.site, self.step)
         x = statistics.apply(passage.x)
 
         def downstream(x_hat: Tensor, later: bool) -> Downstream:

@@ -222,6 +222,60 @@ def test_reading_does_not_change_with_what_else_is_read():
     assert torch.equal(alone, among[Site("resid_pre", 1)])
 
 
+# Training through the model
+
+
+def passage_of(lm, site):
+    rows = lm.eval_rows[:4]
+    special = torch.zeros(rows.shape, dtype=torch.bool)
+    special[:, 0] = True
+    return lm.passage(site, rows, special), rows, special
+
+
+@pytest.mark.parametrize(
+    ("name", "stream"), dict.fromkeys((name, stream) for name, _, stream in STREAMED)
+)
+def test_a_replaced_stream_diverges_as_one_that_a_plain_hook_replaces(name, stream):
+    lm, site = subject(name), Site(stream, 0)  # a model that was asked for nothing before
+    passage, rows, special = passage_of(lm, site)
+    clean = lm.read([site], rows)[site]
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noisy[special] = clean[special]
+    found, error = passage.divergence(noisy[~special], True)
+    scored = torch.zeros(rows.shape, dtype=torch.bool)
+    scored[:, 1:-1] = True
+    q, p = (plain_logits(lm, name, site, rows, x)[scored].log_softmax(-1) for x in (noisy, clean))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-3, atol=1e-6)
+    assert error is not None and error > 0
+    assert passage.divergence(noisy[~special], False) == (found, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_error_of_later_layers_is_theirs_in_the_running_sum(name):
+    # x -> x + 1 at the output of a block whose successors are switched off: every later stream is off by 1.
+    lm, site = subject(name), Site("resid_post", 0)
+    passage, *_ = passage_of(lm, site)
+    streams = [Site("resid_post", layer) for layer in range(1, LAYERS)]
+    for layer in range(1, LAYERS):
+        for part in ("attn_out", "mlp_out"):
+            named(lm, name, layer, part).register_forward_hook(
+                lambda _m, _a, out: put(out, torch.zeros_like(first(out)))
+            )
+    clean = passage.x
+    _, error = passage.divergence(clean + 1.0, True)
+    spread = (clean - clean.mean(0)).square().sum()
+    torch.testing.assert_close(error, clean.numel() / spread, **CLOSE)
+    assert lm.later(site) == streams
+
+
+def test_the_unreplaced_model_runs_once_for_all_that_is_put_in_its_place():
+    lm = subject("llama")
+    passage, *_ = passage_of(lm, Site("resid_post", 0))
+    with calls_of({"above": lm.model.model.norm}) as runs:
+        small, large = (passage.divergence(passage.x + by, False)[0] for by in (0.1, 1.0))
+    assert len(runs) == 3 and large > small > 0
+
+
 # Splicing
 
 
