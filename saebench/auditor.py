@@ -34,9 +34,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from saebench import registry, reliability, results, runner
+from saebench import registry, results, runner
 from saebench.errors import UserError
 from saebench.progress import say
+from saebench.reliability.cards import Card, Panel, card_of
+from saebench.reliability.files import as_json
+from saebench.reliability.rows import read_measured
 from saebench.reports import _audit_figures, _card
 from saebench.rescaling import InUnitSAE, LabInUnit, SubjectInUnit, Unit
 from saebench.runner import Candidate, EvalRun, Options, Workbench
@@ -83,7 +86,7 @@ Row = dict[str, Any]
 
 def audit(
     suite: Suite, suite_file: Path, options: Options, extent: Extent, truth: Path | None
-) -> reliability.Card:
+) -> Card:
     """Measures what is missing, and writes audit.{csv,json,md} and the figures beside the suite's results.
 
     `truth`: the results of an audited suite on a synthetic subject, whose panel says how metrics agree with it; for
@@ -116,25 +119,23 @@ def _check(suite: Suite) -> None:
         )
 
 
-def _write(
-    folder: Path, measured: pd.DataFrame, panel: reliability.Panel | None
-) -> reliability.Card:
+def _write(folder: Path, measured: pd.DataFrame, panel: Panel | None) -> Card:
     results.write_text_whole(folder / "audit.csv", measured.to_csv(index=False))
-    card = reliability.card(folder.name, measured, panel)
-    results.write_text_whole(folder / "audit.json", reliability.as_json(card))
+    card = card_of(folder.name, measured, panel)
+    results.write_text_whole(folder / "audit.json", as_json(card))
     results.write_text_whole(folder / "audit.md", _card.markdown(card))
     _audit_figures.draw(measured, card, folder)
     return card
 
 
-def _panel(folder: Path) -> reliability.Panel:
+def _panel(folder: Path) -> Panel:
     path = folder / "audit.csv"
     if not path.is_file():
         raise UserError(
             f"{folder} has no audit.csv; expected the results of an audited suite on a synthetic subject: "
             "run `saebench audit synthetic_small` first"
         )
-    return reliability.Panel(folder.name, reliability.read_measured(path))
+    return Panel(folder.name, read_measured(path))
 
 
 class _Auditor:

@@ -26,9 +26,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from saebench import reliability, stats
+from saebench import stats
 from saebench.errors import UserError
-from saebench.reliability import Verdict
+from saebench.reliability.files import applying
+from saebench.reliability.verdicts import Verdict, written_out
 from saebench.stats import Floats, Numbers, Statistic
 
 Spec = Mapping[str, Any]
@@ -377,7 +378,7 @@ def read(folder: Path) -> Results:
         folder=folder,
         model=_describe_model(definition.get("model", {})),
         text=_describe_text(definition.get("text", {})),
-        audits=reliability.applying(folder),
+        audits=applying(folder),
     )
 
 
@@ -640,7 +641,7 @@ def _run_rows(path: Path, name: str, saes: Mapping[str, Any]) -> _RunRows:
     asked = {
         "sae": sae,
         "eval": spec["eval"]["name"],
-        "params": reliability.written_out(spec["eval"]["params"]),
+        "params": written_out(spec["eval"]["params"]),
         "file": name,
     }
     if "skipped" in run:

@@ -29,7 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 import saebench
-from saebench import isolation, reliability, results, submitted, trainer
+from saebench import isolation, results, submitted, trainer
 from saebench.cache import Cache
 from saebench.checkpoints import Opened, one_at, open_checkpoint, where
 from saebench.controls._control import Asked, Known, Material, Planned, TrainedControl
@@ -39,6 +39,7 @@ from saebench.loaders._files import Limits
 from saebench.loaders._loader import Member, Told
 from saebench.loaders._native import read_native
 from saebench.progress import Meter, say
+from saebench.reliability.files import applying
 from saebench.rescaling import LabInUnit, SubjectInUnit
 from saebench.results import Entry, Omission, ScoreRow
 from saebench.saes._dictionary import Dictionary
@@ -778,7 +779,7 @@ def write_reports(suite: Suite, folder: Path) -> None:
         "manifest": (folder / "suite.json").read_text(encoding="utf-8"),
         "runs": sorted(path.name for path in (folder / "runs").glob("*")),
         "reports": [[r.name, dataclasses.asdict(r.value)] for r in suite.reports],
-        "audits": reliability.applying(folder),
+        "audits": applying(folder),
     }
     note, key = folder / ".reports", results.key(basis)
     whole = all(path.exists() for report in wanted for path in report.files(folder))

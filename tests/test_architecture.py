@@ -42,7 +42,7 @@ LIGHT = [
     "stats",
     "ranks",
     "frontiers",
-    "reliability",
+    "reliability.files",
     "results",
     "reports.leaderboard",
     "reports._card",

@@ -9,9 +9,10 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from saebench import reliability
 from saebench.errors import NothingToShow
-from saebench.reliability import Card, Correlation
+from saebench.reliability.cards import Card, card_of
+from saebench.reliability.rows import COLUMNS
+from saebench.reliability.truth import Correlation
 from saebench.reports import _audit_figures as figures
 from saebench.reports._table import Key
 from saebench.reports.pareto import Pareto
@@ -362,13 +363,13 @@ def test_more_metrics_than_a_page_holds_go_on_the_next(tmp_path, monkeypatch, sa
 def as_audited(rows: pd.DataFrame) -> pd.DataFrame:
     """With every column that an audit has."""
     empty: dict[type, Any] = {str: "", bool: True, float: 1.0, int: 1}
-    more = {name: empty[kind] for name, kind in reliability.COLUMNS.items() if name not in rows}
+    more = {name: empty[kind] for name, kind in COLUMNS.items() if name not in rows}
     return rows.assign(**more)
 
 
 @pytest.fixture(scope="module")
 def card() -> Card:
-    return reliability.card("toy", as_audited(measured((0,))), None)
+    return card_of("toy", as_audited(measured((0,))), None)
 
 
 def titles(figure: Figure) -> list[str]:

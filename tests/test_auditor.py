@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
-from saebench import auditor, registry, reliability, results, suite
+from saebench import auditor, registry, results, suite
 from saebench.auditor import Extent
 from saebench.errors import UserError
 from saebench.evals._sums import SequenceSums
+from saebench.reliability.cards import WARNING, Card, Reliability
+from saebench.reliability.files import read_card
+from saebench.reliability.rows import read_measured
 from saebench.runner import Options
 from saebench.suite import Plugin
 from saebench.types import SAE, Facts, Metric, Score, Seen, StreamEval, Tally
@@ -61,17 +64,17 @@ class _Tally:
 
 class Audited(NamedTuple):
     folder: Path
-    card: reliability.Card
+    card: Card
     suite: suite.Suite
     file: Path
     options: Options
 
-    def of(self, metric: str) -> reliability.Reliability:
+    def of(self, metric: str) -> Reliability:
         return next(m for m in self.card.metrics if m.metric == metric)
 
     @property
     def measured(self) -> pd.DataFrame:
-        return reliability.read_measured(self.folder / "audit.csv")
+        return read_measured(self.folder / "audit.csv")
 
 
 def audited(root: Path, definition: dict, *more: Plugin) -> Audited:
@@ -187,7 +190,7 @@ def test_the_card_and_the_figures_lie_beside_the_results(on_text: Audited):
         "audit_progress.pdf",
         "audit_progress.png",
     } <= names
-    assert reliability.read(on_text.folder / "audit.json") == on_text.card
+    assert read_card(on_text.folder / "audit.json") == on_text.card
 
 
 def test_without_a_panel_truth_is_missing_with_its_reason(on_text: Audited):
@@ -227,7 +230,7 @@ def test_the_wrong_variance_is_caught(synthetic: Audited):
     """It is no share of anything: it moves with the unit of activations."""
     right, wrong = synthetic.of("explained_variance"), synthetic.of("uncentred")
     assert right.invariance.passes and not wrong.invariance.passes
-    assert wrong.badge == reliability.WARNING and "unit" in " ".join(wrong.warnings)
+    assert wrong.badge == WARNING and "unit" in " ".join(wrong.warnings)
     assert "unit" not in " ".join(right.warnings)
 
 
@@ -250,7 +253,7 @@ def test_degraded_oracles_are_told_apart(synthetic: Audited):
 
 def test_the_leaderboard_carries_the_warning(synthetic: Audited):
     said = (synthetic.folder / "leaderboard.csv").read_text()
-    assert reliability.WARNING in said
+    assert WARNING in said
 
 
 def test_a_suite_of_too_few_saes_is_refused(world, tmp_path: Path):

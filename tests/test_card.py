@@ -8,9 +8,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from saebench import reliability, results, runner
+from saebench import results, runner
 from saebench.errors import UserError
-from saebench.reliability import Card, Verdicts
+from saebench.reliability import files
+from saebench.reliability.cards import Card, card_of
+from saebench.reliability.files import as_json
+from saebench.reliability.rows import COLUMNS
+from saebench.reliability.verdicts import Verdicts, strongest, verdicts_of
 from saebench.reports import _card
 from saebench.reports.leaderboard import Leaderboard
 from saebench.results import Results
@@ -21,7 +25,7 @@ NAN = float("nan")
 
 
 def measured(sae: str, metric: str, value: float, **fields: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = dict.fromkeys(reliability.COLUMNS, NAN)
+    plain: dict[str, Any] = dict.fromkeys(COLUMNS, NAN)
     plain |= {"sae": sae, "kind": "trained", "family": "topk", "width": 64, "l0": 8.0, "seed": 0}
     plain |= {"site": "2.resid_post", "what": "base", "setting": "", "eval": "core", "version": 1}
     plain |= {"params": "{}", "metric": metric, "best": "max", "ends": True, "value": value}
@@ -59,7 +63,7 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def card() -> Card:
-    return reliability.card("toy", pd.DataFrame(rows()), None)
+    return card_of("toy", pd.DataFrame(rows()), None)
 
 
 def grids(text: str) -> dict[str, dict[str, list[str]]]:
@@ -129,7 +133,7 @@ def test_the_terminal_has_the_same_table(card):
 
 
 def test_a_card_of_hardly_anything_is_legible():
-    found = reliability.card("toy", pd.DataFrame([measured("a", "m", 1.0)]), None)
+    found = card_of("toy", pd.DataFrame([measured("a", "m", 1.0)]), None)
     text = _card.markdown(found)
     assert "Warnings" not in text and "## Order" not in text and "## Truth" not in text
     assert "- cost of m: not measured." in text
@@ -137,7 +141,7 @@ def test_a_card_of_hardly_anything_is_legible():
 
 def test_a_metric_that_is_measured_in_two_ways_is_named_by_them():
     twice = [measured("a", "m", 1.0, params=p) for p in ('{"k":1}', '{"k":2}')]
-    text = _card.markdown(reliability.card("toy", pd.DataFrame(twice), None))
+    text = _card.markdown(card_of("toy", pd.DataFrame(twice), None))
     assert 'm (core v1 {"k":1})' in text and 'm (core v1 {"k":2})' in text
 
 
@@ -166,7 +170,7 @@ FOOTNOTE = "density: fails the order test (random no worse than trained in 32 of
 
 def audited(folder: Path, card: Card) -> Results:
     board(folder)
-    (folder / "audit.json").write_text(reliability.as_json(card), encoding="utf-8")
+    (folder / "audit.json").write_text(as_json(card), encoding="utf-8")
     return results.read(folder)
 
 
@@ -206,8 +210,8 @@ def test_a_warning_stands_under_every_table_that_has_its_mark(tmp_path, card):
 
 def test_without_an_audit_no_table_has_a_badge(tmp_path, monkeypatch):
     empty = tmp_path / "shipped.json"
-    empty.write_text(reliability.as_json(Verdicts(1, ())), encoding="utf-8")
-    monkeypatch.setattr(reliability, "SHIPPED", empty)
+    empty.write_text(as_json(Verdicts(1, ())), encoding="utf-8")
+    monkeypatch.setattr(files, "SHIPPED", empty)
     found = board(tmp_path / "toy")
     leaderboard()(found, tmp_path)
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.csv"):
@@ -217,9 +221,9 @@ def test_without_an_audit_no_table_has_a_badge(tmp_path, monkeypatch):
 
 def test_what_the_package_ships_warns_where_nothing_was_audited(tmp_path, monkeypatch, card):
     shipped = tmp_path / "shipped.json"
-    strongest = reliability.strongest(reliability.verdicts(card))
-    shipped.write_text(reliability.as_json(Verdicts(1, strongest)), encoding="utf-8")
-    monkeypatch.setattr(reliability, "SHIPPED", shipped)
+    kept = strongest(verdicts_of(card))
+    shipped.write_text(as_json(Verdicts(1, kept)), encoding="utf-8")
+    monkeypatch.setattr(files, "SHIPPED", shipped)
     assert f"⚠ {FOOTNOTE}" in leaderboard().text(board(tmp_path / "other"))
 
 
@@ -236,7 +240,7 @@ def test_another_audit_makes_the_reports_anew_and_the_same_does_not(tmp_path, ca
     suite = Suite.model_construct(reports=[Plugin("leaderboard", leaderboard())])
     runner.write_reports(suite, folder)
     assert FOOTNOTE not in (folder / "leaderboard.md").read_text()
-    (folder / "audit.json").write_text(reliability.as_json(card), encoding="utf-8")
+    (folder / "audit.json").write_text(as_json(card), encoding="utf-8")
     runner.write_reports(suite, folder)
     assert FOOTNOTE in (folder / "leaderboard.md").read_text()
     (folder / "leaderboard.md").write_text("mine")
@@ -251,6 +255,6 @@ def test_the_command_line_shows_badges(tmp_path, card, saebench):
 
 
 def test_the_card_in_json_has_its_badges_for_other_readers(card):
-    content = json.loads(reliability.as_json(card))
+    content = json.loads(as_json(card))
     badges = {m["metric"]: m["badge"] for m in content["metrics"]}
     assert badges == {"explained_variance": "✓", "density": "⚠", "f1": "", "mcc": "", "norm": ""}

@@ -361,13 +361,14 @@ def test_a_figure_of_an_unknown_format_is_refused(
 def test_an_audit_takes_its_panel_from_beside_the_results(
     saebench: Run, write_suite: WriteSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from saebench import auditor, reliability
+    from saebench import auditor
+    from saebench.reliability.cards import SCHEMA, Card
 
     asked: list[tuple[object, ...]] = []
 
     def audit(suite, path, options, extent, truth):
         asked.append((extent, truth))
-        return reliability.Card(reliability.SCHEMA, suite.name, 0, ())
+        return Card(SCHEMA, suite.name, 0, ())
 
     monkeypatch.setattr(auditor, "audit", audit)
     arguments = (write_suite(), "--results", tmp_path / "results", "--draws", "3")

@@ -12,9 +12,13 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from saebench import reliability
 from saebench.errors import UserError
-from saebench.reliability import Card, Panel, Reliability, Verdict
+from saebench.reliability import files
+from saebench.reliability.cards import Card, Panel, Reliability, card_of
+from saebench.reliability.files import applying, as_json, read_card, read_verdicts
+from saebench.reliability.invariance import WHATS
+from saebench.reliability.rows import read_measured
+from saebench.reliability.verdicts import Verdict, Verdicts, remarks, strongest, written_out
 
 ROOT = Path(__file__).parent.parent
 NAN = math.nan
@@ -67,7 +71,7 @@ def oracle(value: float, degraded: str = "", amount: float = 0.0, **fields: Any)
 
 def made(rows: Rows, panel: Rows | None = None) -> Card:
     beside = None if panel is None else Panel("known", pd.DataFrame(panel))
-    return reliability.card("toy", pd.DataFrame(rows), beside)
+    return card_of("toy", pd.DataFrame(rows), beside)
 
 
 def only(rows: Rows, panel: Rows | None = None) -> Reliability:
@@ -622,7 +626,7 @@ def whole() -> Card:
     rows = [r for i, r in enumerate(rows) if r not in rows[:i]]
     rows = [r for r in rows if (r["sae"], r["value"]) not in (("a", 0.8), ("b", 0.7))]
     rows += curve("z", [1, 2, 3], [0.1, 0.2, 0.3], family="gated")
-    for what in reliability.WHATS:
+    for what in WHATS:
         rows += changed(what, {"a": 1.0, "b": 2.5})
     return made([*rows, row("a", NAN, what="cost", seconds=1.5, bytes=2.0**20)])
 
@@ -630,8 +634,8 @@ def whole() -> Card:
 def test_a_card_reads_back_as_it_was_written(tmp_path):
     card = whole()
     path = tmp_path / "audit.json"
-    path.write_text(reliability.as_json(card), encoding="utf-8")
-    assert reliability.read(path) == card
+    path.write_text(as_json(card), encoding="utf-8")
+    assert read_card(path) == card
 
 
 def test_every_number_that_is_not_there_has_its_reason():
@@ -649,30 +653,39 @@ def test_the_table_reads_back_from_csv_with_the_same_card(tmp_path):
     rows += [row("a", NAN, what="cost", seconds=1.0, bytes=5.0)]
     frame = pd.DataFrame(rows)
     frame.to_csv(tmp_path / "audit.csv", index=False)
-    again = reliability.read_measured(tmp_path / "audit.csv")
-    assert reliability.card("toy", again, None) == reliability.card("toy", frame, None)
+    again = read_measured(tmp_path / "audit.csv")
+    assert card_of("toy", again, None) == card_of("toy", frame, None)
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda c: c | {"schema": 2}, "has the schema 2; expected 1"),
-        (lambda c: c | {"more": 1}, "beyond what is known, more"),
-        (lambda c: {k: v for k, v in c.items() if k != "suite"}, "suite"),
-        (lambda c: c | {"suite": 3}, "it.suite is int; expected str"),
-        (lambda c: c | {"metrics": [1]}, r"it.metrics\[0\] is int; expected dict"),
-        (lambda c: c["metrics"][0].update(badge="?") or c, "badge is '\\?'; expected one of '✓'"),
+        (lambda c: c | {"more": 1}, "it.more is 1: Extra inputs are not permitted"),
+        (lambda c: {k: v for k, v in c.items() if k != "suite"}, "it.suite: Field required"),
+        (lambda c: c | {"suite": 3}, "it.suite is 3: Input should be a valid string"),
+        (
+            lambda c: c | {"metrics": [1]},
+            "it.metrics.0 is 1: Input should be an array or an object",
+        ),
+        (
+            lambda c: c["metrics"][0].update(badge="?") or c,
+            "badge is '[?]': Input should be '✓', '⚠' or ''",
+        ),
         (lambda c: c["metrics"][0]["noise"].update(missing={}) or c, "missing names other fields"),
-        (lambda c: c["metrics"][0].update(params="[]") or c, "params is no JSON object"),
+        (
+            lambda c: c["metrics"][0].update(params="[]") or c,
+            "it.metrics.0.params is no JSON object",
+        ),
         (lambda c: [c], "has the schema None"),
     ],
 )
 def test_a_damaged_card_is_refused_with_what_to_do(tmp_path, damage, says):
-    content = json.loads(reliability.as_json(made([row("a", 1.0)])))
+    content = json.loads(as_json(made([row("a", 1.0)])))
     path = tmp_path / "audit.json"
     path.write_text(json.dumps(damage(content)), encoding="utf-8")
     with pytest.raises(UserError, match=says) as refused:
-        reliability.read(path)
+        read_card(path)
     assert str(path) in str(refused.value) and "saebench audit" in str(refused.value)
 
 
@@ -681,7 +694,7 @@ def test_what_is_no_json_is_refused(tmp_path, text):
     path = tmp_path / "audit.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match="cannot be read"):
-        reliability.read(path)
+        read_card(path)
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):
@@ -692,7 +705,7 @@ def test_a_table_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="has m of a twice for base"):
         made([row("a", 1.0), row("a", 2.0)])
     with pytest.raises(UserError, match="cannot be read"):
-        reliability.read_measured(tmp_path / "audit.csv")
+        read_measured(tmp_path / "audit.csv")
 
 
 # Badges
@@ -705,38 +718,38 @@ def verdict(suite: str, badge: str, *warnings: str, **fields: Any) -> Verdict:
 
 def test_a_failure_anywhere_is_a_failure():
     found = [verdict("a", "✓"), verdict("b", "⚠", "fails x"), verdict("c", "")]
-    assert reliability.strongest(found) == (found[1],)
-    assert reliability.strongest(found[::2]) == (found[0],)
-    assert reliability.strongest(found[2:]) == ()
-    remarks = reliability.remarks(found, "m", "core", 1, "")
-    assert remarks == ("⚠", ("fails x in the audit of b",))
+    assert strongest(found) == (found[1],)
+    assert strongest(found[::2]) == (found[0],)
+    assert strongest(found[2:]) == ()
+    remarked = remarks(found, "m", "core", 1, "")
+    assert remarked == ("⚠", ("fails x in the audit of b",))
 
 
 def test_a_badge_is_of_one_version_and_a_pass_of_its_own_parameters():
     passed = [verdict("a", "✓", params='{"k":[1,2],"datasets":"x"}')]
-    assert reliability.remarks(passed, "m", "core", 1, "datasets=x, k=[1, 2]").badge == "✓"
-    assert reliability.remarks(passed, "m", "core", 1, "datasets=y, k=[1, 2]").badge == ""
-    assert reliability.remarks(passed, "m", "core", 2, "datasets=x, k=[1, 2]").badge == ""
+    assert remarks(passed, "m", "core", 1, "datasets=x, k=[1, 2]").badge == "✓"
+    assert remarks(passed, "m", "core", 1, "datasets=y, k=[1, 2]").badge == ""
+    assert remarks(passed, "m", "core", 2, "datasets=x, k=[1, 2]").badge == ""
     failed = [verdict("a", "⚠", "fails x", params='{"k":2}')]
-    assert reliability.remarks(failed, "m", "core", 1, "k=3").warnings == (
+    assert remarks(failed, "m", "core", 1, "k=3").warnings == (
         "fails x in the audit of a, with other parameters",
     )
-    assert reliability.remarks(failed, "m", "core", 2, "k=2").badge == ""
+    assert remarks(failed, "m", "core", 2, "k=2").badge == ""
 
 
 def test_parameters_are_written_as_results_write_them():
-    assert reliability.written_out({"b": [1, 2], "a": None}) == "a=None, b=[1, 2]"
+    assert written_out({"b": [1, 2], "a": None}) == "a=None, b=[1, 2]"
 
 
 def test_a_folders_own_audit_stands_for_what_is_shipped_of_its_suite(tmp_path, monkeypatch):
-    shipped = reliability.Verdicts(1, (verdict("toy", "⚠", "old"), verdict("else", "⚠", "fails y")))
+    shipped = Verdicts(1, (verdict("toy", "⚠", "old"), verdict("else", "⚠", "fails y")))
     file = tmp_path / "shipped.json"
-    file.write_text(reliability.as_json(shipped), encoding="utf-8")
-    monkeypatch.setattr(reliability, "SHIPPED", file)
-    assert reliability.applying(tmp_path) == shipped.verdicts
+    file.write_text(as_json(shipped), encoding="utf-8")
+    monkeypatch.setattr(files, "SHIPPED", file)
+    assert applying(tmp_path) == shipped.verdicts
     card = made([row("a", 1.0)])
-    (tmp_path / "audit.json").write_text(reliability.as_json(card), encoding="utf-8")
-    found = reliability.applying(tmp_path)
+    (tmp_path / "audit.json").write_text(as_json(card), encoding="utf-8")
+    found = applying(tmp_path)
     assert [(v.suite, v.badge) for v in found] == [("toy", ""), ("else", "⚠")]
 
 
@@ -749,21 +762,21 @@ def _tool() -> Any:
 
 
 def test_what_is_shipped_is_what_the_audits_in_results_say():
-    assert reliability.SHIPPED.read_text(encoding="utf-8") == _tool().made(ROOT / "results")
+    assert files.SHIPPED.read_text(encoding="utf-8") == _tool().made(ROOT / "results")
 
 
 def test_the_tool_gathers_what_audits_found(tmp_path):
     for suite, rows in (("one", turned(IN_ORDER)), ("two", IN_ORDER)):
         (tmp_path / suite).mkdir()
         card = made(rows)._replace(suite=suite)
-        (tmp_path / suite / "audit.json").write_text(reliability.as_json(card), encoding="utf-8")
+        (tmp_path / suite / "audit.json").write_text(as_json(card), encoding="utf-8")
     (tmp_path / "shipped.json").write_text(_tool().made(tmp_path), encoding="utf-8")
-    (found,) = reliability.read_verdicts(tmp_path / "shipped.json")
+    (found,) = read_verdicts(tmp_path / "shipped.json")
     assert (found.suite, found.badge, found.metric) == ("one", "⚠", "m")
 
 
 def test_a_card_is_made_without_torch():
-    code = "import sys, saebench.reports._card, saebench.reliability; print('torch' in sys.modules)"
+    code = "import sys, saebench.reports._card, saebench.reliability.files; print('torch' in sys.modules)"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"

@@ -23,7 +23,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from saebench.errors import NothingToShow
-from saebench.reliability import Card, Correlation, tidy
+from saebench.reliability.cards import Card
+from saebench.reliability.rows import tidy
+from saebench.reliability.truth import Correlation
 from saebench.reports import _table, pareto
 from saebench.reports._table import Key
 from saebench.reports.pareto import Pareto

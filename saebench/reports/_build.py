@@ -10,7 +10,8 @@ import pandas as pd
 
 from saebench import results as files
 from saebench.errors import NothingToShow
-from saebench.reliability import PASSED, WARNING, remarks
+from saebench.reliability.cards import PASSED, WARNING
+from saebench.reliability.verdicts import remarks
 from saebench.reports._blocks import Contender, Group
 from saebench.reports._evidence import Evidence
 from saebench.reports._table import (

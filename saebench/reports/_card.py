@@ -5,16 +5,10 @@ each number is defined.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from saebench.reliability import (
-    PASSED,
-    WARNING,
-    WHATS,
-    Card,
-    Change,
-    Correlation,
-    Pairs,
-    Reliability,
-)
+from saebench.reliability.cards import PASSED, WARNING, Card, Reliability
+from saebench.reliability.invariance import WHATS, Change
+from saebench.reliability.order import Pairs
+from saebench.reliability.truth import Correlation
 from saebench.reports._markdown import escaped, pipes
 from saebench.reports._table import words
 from saebench.reports._terminal import Line, Screen

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from saebench.errors import NothingToShow, UserError
-from saebench.reliability import Badge
+from saebench.reliability.cards import Badge
 from saebench.results import Results
 
 OWN_UNITS = ("latent", "feature")

@@ -18,7 +18,7 @@ import pandas as pd
 
 from saebench.errors import UserError
 from saebench.progress import printable
-from saebench.reliability import remarks
+from saebench.reliability.verdicts import remarks
 from saebench.reports import _build
 from saebench.reports._build import AFTER_THE_LETTERS
 from saebench.reports._evidence import Evidence
