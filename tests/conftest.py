@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from threadpoolctl import threadpool_limits
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -76,11 +77,15 @@ WriteSuite = Callable[..., Path]
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that weights can be compared bit by bit; and no bars among messages."""
+    """Sums in one order, so that weights can be compared bit by bit, here and in processes that tests start; processes
+    that do not fight for cores; and no bars among messages.
+    """
     transformers_logging.disable_progress_bar()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch, threadpool_limits(1):
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 

@@ -288,7 +288,7 @@ def test_the_oracle_is_a_star_and_a_degraded_one_an_empty_star_named_by_its_dama
     assert "mixed 25 %" in texts(panel) and "oracle 0.99 ↑" in texts(panel)
     assert panel.get_title() == "Spearman's ρ = 0.87 [0.00, 0.90]"
     assert panel.get_xlabel() == "ground-truth F1 (better →)"
-    assert panel.get_ylabel() == "mcc ↑"
+    assert panel.get_ylabel() == "MCC ↑"
     l0s = ["L0 8", "L0 32"]
     assert legend(figure) == [*FAMILIES, *l0s, "oracle", "oracle, degraded"]
 
@@ -380,9 +380,9 @@ def test_an_audit_draws_what_it_can_of_metrics_with_a_direction(tmp_path, card, 
     rows = as_audited(measured())
     both = [f"audit_{name}.{e}" for name in ("progress", "truth") for e in ("pdf", "png")]
     assert names(figures.draw(rows, card, tmp_path)) == both
-    shown = ["explained variance ↑", "MSE ↓", "f1 ↑", "mcc ↑"]
+    shown = ["explained variance ↑", "MSE ↓", "F1 ↑", "MCC ↑"]
     assert titles(saved["audit_progress.pdf"]) == shown
-    assert titles(saved["audit_truth.pdf"]) == ["explained variance ↑", "MSE ↓", "mcc ↑"]
+    assert titles(saved["audit_truth.pdf"]) == ["explained variance ↑", "MSE ↓", "MCC ↑"]
     blind = rows[rows["eval"] != "ground_truth"]
     assert names(figures.draw(blind, card, tmp_path)) == both[:2]
     assert figures.draw(blind[blind["what"] != "snapshot"], card, tmp_path) == []

@@ -82,7 +82,7 @@ def test_all_metrics_are_in_one_table(card):
     assert list(first) == [
         "metric",
         "-" * len("explained variance"),
-        *("explained variance", "density", "f1", "mcc", "norm"),
+        *("explained variance", "density", "F1", "MCC", "norm"),
     ]
     shown = dict(zip(first["metric"], first["explained variance"], strict=True))
     assert shown["badge"] == "✓" and shown["order"] == "32/32" and shown["unit"] == "same"

@@ -23,7 +23,10 @@ MISSED = 0.1
 _MOST_DECIMALS = 6
 _SYMMETRIC = 1.25  # the longer arm of an interval over the shorter, up to which it is shown as ±
 _NAMED = re.compile(r"(?P<metric>[^\[\]]+)(\[(?P<params>[^\]]*)\])?")
-_SHORT = {"l0": "L0", "ce": "CE", "kl": "KL", "mse": "MSE", "auc": "AUC", "sae": "SAE", "l2": "L2"}
+_SHORT = {
+    name.lower(): name
+    for name in ("AUC", "CE", "F1", "KL", "L0", "L2", "MCC", "MMCS", "MSE", "SAE")
+}
 
 
 Best = Literal["min", "max"] | None
