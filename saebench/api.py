@@ -162,8 +162,7 @@ def _suite(given: str | Path | Suite) -> tuple[Path, Suite]:
     """A suite's file, the name of one that comes along, or one that is read already."""
     if isinstance(given, Suite):
         return Path("suite.yaml"), given
-    named = registry.folder("suites") / f"{given}.yaml"
-    path = named if not Path(given).is_file() and named.is_file() else Path(given)
+    path = registry.suite_file(given)
     return path, load_suite(path)
 
 

@@ -110,7 +110,7 @@ def run(  # noqa: PLR0913  (the options of the command)
     max_size: MaxSize = 8.0,
 ) -> None:
     """Train what is missing, score what is missing, write reports."""
-    path = _suite_path(suite)
+    path = registry.suite_file(suite)
     loaded = _load_suite(path)
     from saebench import runner
 
@@ -174,7 +174,7 @@ def submit(  # noqa: PLR0913  (the options of the command)
     from saebench import submitted
 
     submitted.check_name(name)  # before torch is imported
-    path = _suite_path(suite)
+    path = registry.suite_file(suite)
     loaded = _load_suite(path)
     from saebench import runner, submission
 
@@ -288,7 +288,7 @@ def verify(  # noqa: PLR0913  (the options of the command)
             norm=norm,
         )
     if suite is not None:
-        path = _suite_path(suite)
+        path = registry.suite_file(suite)
         limits = _limits(max_size, allow_pickle_weights)
         nowhere = Path()  # nothing is written but the cache
         options = runner.Options(nowhere, nowhere, cache, _device(device), None, False, limits)
@@ -352,7 +352,7 @@ def audit(  # noqa: PLR0913  (the options of the command)
     ] = None,
 ) -> None:
     """Measure how far each metric of a suite can be relied on: the reliability card."""
-    path = _suite_path(suite)
+    path = registry.suite_file(suite)
     loaded = _load_suite(path)
     from saebench import auditor, runner
     from saebench.reports import _card
@@ -521,7 +521,7 @@ def check(  # noqa: PLR0913  (the options of the command)
         told = _told(site, predicts, k, norm)
         _print("\n".join(_describe_checkpoint(what, format, told, limits)))
         return
-    path = _suite_path(what)
+    path = registry.suite_file(what)
     loaded = _load_suite(path)
     from saebench import planner, runner
 
@@ -585,12 +585,6 @@ def main() -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
-
-
-def _suite_path(given: Path) -> Path:
-    """The file itself, or the suite of that name that comes along with the package."""
-    named = registry.folder("suites") / f"{given}.yaml"
-    return named if not given.is_file() and named.is_file() else given
 
 
 def _load_suite(path: Path) -> Any:

@@ -65,6 +65,12 @@ def suites() -> list[Path]:
     return sorted(folder("suites").glob("*.yaml"))
 
 
+def suite_file(given: str | Path) -> Path:
+    """The file itself, or the suite of that name that comes along."""
+    named = folder("suites") / f"{given}.yaml"
+    return named if not Path(given).is_file() and named.is_file() else Path(given)
+
+
 @cache
 def _added(kind: str) -> dict[str, EntryPoint]:
     """Found once: looking through all installed packages takes long."""

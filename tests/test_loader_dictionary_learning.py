@@ -425,9 +425,9 @@ def test_an_interrupted_run_that_lacks_its_norm_factor_is_refused(tmp_path):
         ({"use_pca_whitening": True}, "has use_pca_whitening, which this format does not have"),
         ({"norm_factor": 2.0}, "has norm_factor, which this format does not have"),
         ({"layer": 3}, "layer 3 and submodule_name 'resid_post_layer_4'"),
-        ({"activation_dim": "5"}, "activation_dim '5'; expected a whole number"),
-        ({"dict_size": 0}, "dict_size 0; expected a whole number"),
-        ({"k": True}, "k True; expected a whole number"),
+        ({"activation_dim": "5"}, "activation_dim is '5'; expected a whole number"),
+        ({"dict_size": 0}, "dict_size is 0; expected a whole number"),
+        ({"k": True}, "k is True; expected a whole number"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_refused(tmp_path, changes, message):

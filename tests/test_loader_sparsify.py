@@ -219,16 +219,16 @@ def test_a_folder_that_no_run_has_is_refused(tmp_path, name):
     ("changes", "message"),
     [
         ({"signed": True}, "has signed true: latents by their size, negative ones too"),
-        ({"signed": 0}, "signed 0; expected true or false"),
+        ({"signed": 0}, "signed is 0; expected true or false"),
         ({"activation": "jumprelu"}, "activation 'jumprelu'; expected one of topk, groupmax"),
         ({"activation": ["topk"]}, "expected one of topk, groupmax"),
-        ({"transcode": "yes"}, "transcode 'yes'; expected true or false"),
+        ({"transcode": "yes"}, "transcode is 'yes'; expected true or false"),
         ({"hop": 1}, "has hop, which this format does not have"),
-        ({"k": 0}, "k 0; expected a whole number"),
-        ({"k": 3.0}, r"k 3\.0; expected a whole number"),
-        ({"d_in": "5"}, "d_in '5'; expected a whole number"),
-        ({"num_latents": -1}, "num_latents -1; expected a whole number"),
-        ({"num_latents": 0, "expansion_factor": None}, "expansion_factor None; expected"),
+        ({"k": 0}, "k is 0; expected a whole number"),
+        ({"k": 3.0}, r"k is 3\.0; expected a whole number"),
+        ({"d_in": "5"}, "d_in is '5'; expected a whole number"),
+        ({"num_latents": -1}, "num_latents is -1; expected a whole number"),
+        ({"num_latents": 0, "expansion_factor": None}, "expansion_factor is None; expected"),
     ],
 )
 def test_a_configuration_that_is_not_understood_is_refused(tmp_path, changes, message):

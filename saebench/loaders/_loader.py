@@ -87,6 +87,21 @@ def needless(told: Told, where: str, *names: str) -> None:
             raise UserError(f"{where}: {name} has no meaning for this checkpoint; remove it")
 
 
+def whole(found: Mapping[str, Any], name: str, where: str) -> int:
+    value = found.get(name)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{where}: {name} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def flag(found: Mapping[str, Any], name: str, where: str) -> bool:
+    """False where it is left out, as by architectures and versions that do not have it."""
+    value = found.get(name, False)
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: {name} is {value!r}; expected true or false")
+    return value
+
+
 def build(
     architecture: str, arguments: Mapping[str, Any], weights: Mapping[str, Tensor], where: str
 ) -> Dictionary:

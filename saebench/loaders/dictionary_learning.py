@@ -33,7 +33,7 @@ from torch import Tensor
 from saebench.errors import UserError
 from saebench.loaders._centred import centred, finite
 from saebench.loaders._files import Source, as_tensors, check_keys
-from saebench.loaders._loader import Loader, Member, Told, build, needless, the_site
+from saebench.loaders._loader import Loader, Member, Told, build, needless, the_site, whole
 from saebench.loaders._single import matrix
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.types import Site
@@ -209,20 +209,17 @@ def _config(source: Source, folder: str, where: str) -> _Config:
     model = trainer.get("lm_name")
     return _Config(
         dict_class,
-        _whole(trainer, "activation_dim", where),
-        _whole(trainer, "dict_size", where),
-        _whole(trainer, "k", where),
+        _whole_or_none(trainer, "activation_dim", where),
+        _whole_or_none(trainer, "dict_size", where),
+        _whole_or_none(trainer, "k", where),
         _site(trainer, where) if io == "out" else None,
         io == "in_and_out",
         model if isinstance(model, str) else None,
     )
 
 
-def _whole(trainer: Mapping[str, Any], name: str, where: str) -> int | None:
-    found = trainer.get(name)
-    if found is not None and (type(found) is not int or found < 1):
-        raise UserError(f"{where} has {name} {found!r}; expected a whole number above 0")
-    return found
+def _whole_or_none(trainer: Mapping[str, Any], name: str, where: str) -> int | None:
+    return None if trainer.get(name) is None else whole(trainer, name, where)
 
 
 def _site(trainer: Mapping[str, Any], where: str) -> Site | None:

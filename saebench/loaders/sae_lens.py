@@ -34,7 +34,16 @@ from torch import Tensor
 from saebench.errors import UserError
 from saebench.loaders._centred import centred, finite
 from saebench.loaders._files import Source, check_keys
-from saebench.loaders._loader import Loader, Member, Told, build, needless, the_site
+from saebench.loaders._loader import (
+    Loader,
+    Member,
+    Told,
+    build,
+    flag,
+    needless,
+    the_site,
+    whole,
+)
 from saebench.loaders._sae_lens_keys import FLAT_KEYS, KEYS, METADATA, NEEDED
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.saes._normalized import Norm, Normalized
@@ -143,12 +152,12 @@ def _config(written: Mapping[str, Any], where: str) -> _Config:
     config = _Config(
         architecture=found["architecture"],
         kind=kind,
-        d_in=_count(found, "d_in", where),
-        d_sae=_count(found, "d_sae", where),
-        d_out=_count(found, "d_out" if kind.transcodes else "d_in", where),
-        k=_count(found, "k", where) if kind.sae == "topk" else None,
-        subtracts=_flag(found, "apply_b_dec_to_input", where),
-        rescaled=_flag(found, "rescale_acts_by_decoder_norm", where),
+        d_in=whole(found, "d_in", where),
+        d_sae=whole(found, "d_sae", where),
+        d_out=whole(found, "d_out" if kind.transcodes else "d_in", where),
+        k=whole(found, "k", where) if kind.sae == "topk" else None,
+        subtracts=flag(found, "apply_b_dec_to_input", where),
+        rescaled=flag(found, "rescale_acts_by_decoder_norm", where),
         finetuned=finetuned,
         normalization=found["normalize_activations"],
         metadata=metadata,
@@ -164,7 +173,7 @@ def _of_any_version(written: Mapping[str, Any], where: str) -> tuple[Mapping[str
         return written, False
     flat = {_RENAMED.get(key, key): value for key, value in written.items()}
     check_keys(flat, ("d_in", "d_sae"), FLAT_KEYS, f"{where}: {_CONFIG}")
-    return _of_6(flat, where), _flag(flat, "finetuning_scaling_factor", where)
+    return _of_6(flat, where), flag(flat, "finetuning_scaling_factor", where)
 
 
 def _is_of_6(written: Mapping[str, Any]) -> bool:
@@ -236,21 +245,6 @@ def _kind(architecture: object, where: str) -> _Kind:
     raise UserError(
         f"{where}: architecture {architecture!r} is not read: {why}; there are: {', '.join(_KINDS)}"
     )
-
-
-def _count(found: Mapping[str, Any], name: str, where: str) -> int:
-    given = found.get(name)
-    if type(given) is not int or given <= 0:
-        raise UserError(f"{where}: {name} is {given!r}; expected a whole number above 0")
-    return given
-
-
-def _flag(found: Mapping[str, Any], name: str, where: str) -> bool:
-    """False where it is left out, as by architectures and versions that do not have it."""
-    given = found.get(name, False)
-    if not isinstance(given, bool):
-        raise UserError(f"{where}: {name} is {given!r}; expected true or false")
-    return given
 
 
 def _text(found: Mapping[str, Any], name: str, where: str) -> str | None:

@@ -21,7 +21,16 @@ from typing import Any, NamedTuple, final
 from saebench.errors import UserError
 from saebench.loaders._centred import centred
 from saebench.loaders._files import Source, check_keys
-from saebench.loaders._loader import Loader, Member, Told, build, needless, the_site
+from saebench.loaders._loader import (
+    Loader,
+    Member,
+    Told,
+    build,
+    flag,
+    needless,
+    the_site,
+    whole,
+)
 from saebench.loaders._single import matrix
 from saebench.saes._dictionary import Dictionary
 from saebench.types import Site
@@ -130,40 +139,26 @@ def _config(found: Mapping[str, Any], where: str) -> _Config:
         raise UserError(
             f"{where} has activation {activation!r}; expected one of {', '.join(_ARCHITECTURES)}"
         )
-    if _yes(found, "signed", where):
+    if flag(found, "signed", where):
         raise UserError(
             f"{where} has signed true: latents by their size, negative ones too, which no architecture here has"
         )
-    d_in = _whole(found, "d_in", where)
+    d_in = whole(found, "d_in", where)
     return _Config(
         activation,
         d_in,
         _width(found, d_in, where),
-        _whole(found, "k", where),
-        _yes(found, "transcode", where),
-        _yes(found, "skip_connection", where),
+        whole(found, "k", where),
+        flag(found, "transcode", where),
+        flag(found, "skip_connection", where),
     )
 
 
 def _width(found: Mapping[str, Any], d_in: int, where: str) -> int:
     """num_latents of 0, as it is by default, stands for expansion_factor times as many as dimensions."""
     if found.get("num_latents", 0) in (0, None):
-        return d_in * _whole(found, "expansion_factor", where)
-    return _whole(found, "num_latents", where)
-
-
-def _whole(found: Mapping[str, Any], name: str, where: str) -> int:
-    value = found.get(name)
-    if type(value) is not int or value < 1:
-        raise UserError(f"{where} has {name} {value!r}; expected a whole number above 0")
-    return value
-
-
-def _yes(found: Mapping[str, Any], name: str, where: str) -> bool:
-    value = found.get(name, False)
-    if not isinstance(value, bool):
-        raise UserError(f"{where} has {name} {value!r}; expected true or false")
-    return value
+        return d_in * whole(found, "expansion_factor", where)
+    return whole(found, "num_latents", where)
 
 
 def _load(source: Source, folder: str, config: _Config, where: str) -> Dictionary:
