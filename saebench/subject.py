@@ -48,6 +48,17 @@ _PYLM = Path(__file__).parent / "pylm"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _IDENTIFYING = {".safetensors", ".json", ".model", ".txt", ".py"}
 _PROBE_TOKENS = 8
+# What transformers raises, depending on which value of a config makes no model.
+_UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _RANDOM_SEED = 0
 _CPU_LOGIT_BYTES = 2**28
 _GPU_LOGIT_BYTES = 2**31
@@ -115,10 +126,10 @@ def random_model(config: dict[str, Any], tokenizer: str, dtype: str, device: str
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_RANDOM_SEED)
             model = AutoModelForCausalLM.from_config(described, dtype=_DTYPES[dtype])
-    except (ValueError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except _UNFIT as error:
         raise UserError(
             f"no causal language model could be made of the config of type "
-            f"{config['model_type']!r}: {_brief(error)}"
+            f"{config['model_type']!r}: {type(error).__name__}: {_brief(error)}"
         ) from error
     words = _tokenizer(tokenizer)
     if len(words) > _vocabulary(model):
@@ -250,7 +261,8 @@ def _unreachable(model_id: str, revision: str | None, error: Exception) -> str:
     return (
         f"model {model_id!r} (revision {revision!r}) could not be loaded: {error}. Expected "
         f"{BUILTIN_MODEL!r}, a local folder, or a Hub id with safetensors weights. Without a "
-        "network, download it beforehand and set HF_HUB_OFFLINE=1, or give the path of a folder"
+        "network, download it beforehand and set HF_HUB_OFFLINE=1, or give the path of a folder; a plan alone needs no "
+        "weights but the architecture, model: {config: ..., weights: random}"
     )
 
 

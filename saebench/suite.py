@@ -292,6 +292,12 @@ class Trained(_Strict):
                 raise _Wrong(f"{self.variant} reads and predicts one site; remove {name}", name)
             if not given and variant.target == "other":
                 raise _Wrong(f"{self.variant} needs {name}, a site such as 2.mlp_out", name)
+        if self.reads is not None and self.reads == self.predicts:
+            raise _Wrong(
+                f"{self.variant} reads {self.reads} and predicts the same; name another site, or train the variant "
+                "that is its activation",
+                "predicts",
+            )
         if variant.from_parent and self.of is None:
             raise _Wrong(f"{self.variant} needs of, the variant that it starts from", "of")
         if self.of is not None and not variant.from_parent:
@@ -729,26 +735,36 @@ def _fill(build: Any, fields: Any, what: str, *where: str) -> Any:
     """The dataclass `build` with these fields, each checked against its type."""
     if not isinstance(fields, dict):
         raise _Wrong(f"{what}: got {_shown(fields)}; expected {{parameter: value}}", *where)
-    known = [field.name for field in dataclasses.fields(build)]
-    for name in fields:
-        if name not in known:
-            raise _Wrong(f"{what} has no parameter {_nearest(str(name), known)}", *where, str(name))
+    types = {field.name: field.type for field in dataclasses.fields(build)}
+    for name, given in fields.items():
+        if name not in types:
+            nearest = _nearest(str(name), list(types))
+            raise _Wrong(f"{what} has no parameter {nearest}", *where, str(name))
+        if isinstance(given, bool) and types[name] is not bool:  # pydantic takes it for 0 or 1
+            raise _Wrong(f"{what}: {name} is {given}, which is no value of it", *where, name)
     try:
         filled = _explained(partial(_adapter(build).validate_python, fields))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "parameters"
+        name = ".".join(map(str, first["loc"]))
         said = first["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
         if first["type"] == "unexpected_keyword_argument":
             said = "there is no such parameter"
-        raise _Wrong(
-            f"{what}: {name} is {_shown(first['input'])}; {said}", *where, *first["loc"]
-        ) from None
-    for name in known:
-        value = getattr(filled, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise _Wrong(f"{what}: {name} is {value}; expected a finite number", *where, name)
+        # What is wrong with several parameters together names them itself.
+        value = f"{name} is {_shown(first['input'])}; " if name else ""
+        raise _Wrong(f"{what}: {value}{said}", *where, *first["loc"]) from None
+    for name in types:
+        if not _finite(getattr(filled, name)):
+            value = _shown(getattr(filled, name))
+            raise _Wrong(f"{what}: {name} is {value}; expected finite numbers", *where, name)
     return filled
+
+
+def _finite(value: Any) -> bool:
+    """Whether no number in it is infinite or none."""
+    if isinstance(value, tuple):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 @cache

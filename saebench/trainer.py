@@ -311,7 +311,7 @@ def train_missing(
 
     `snapshots` are token counts at which each SAE is also kept as it is by then. What is finished and lacks one of
     them is trained again from the start, to the same bits, and keeps its checkpoint. What starts from another SAE is
-    trained after it.
+    trained after it. Raises `UserError` where training has diverged, once all others are finished.
     """
     missing = [run for run in runs if run.to_train(checkpoints, snapshots)]
     for run in runs:
@@ -319,16 +319,25 @@ def train_missing(
             _tidy(run.folder(checkpoints), keep_retraining=run in missing)
     if again := sum(run.done(checkpoints) for run in missing):
         say(f"{again} SAEs that are finished are trained again for their snapshots")
+    diverged: list[str] = []
     for stage in stages(missing):
-        groups = split_groups(stage, widths_of(stream), memory_for_training(device))
+        possible = [run for run in stage if run.parent is None or run.parent.done(checkpoints)]
+        groups = split_groups(possible, widths_of(stream), memory_for_training(device))
         for number, group in enumerate(groups, 1):
             which = f" (group {number} of {len(groups)})" if len(groups) > 1 else ""
-            _train_group(
+            # No name here for the pupils, which would keep their memory while the next group is made.
+            diverged += _train_group(
                 [_Pupil(run, stream, snapshots, checkpoints, device) for run in group],
                 stream,
                 device,
                 f"training {len(group)} SAEs{which}",
             )
+    if diverged:
+        raise UserError(
+            f"training {', '.join(diverged)} led to weights that are not finite; lower "
+            f"{'its' if len(diverged) == 1 else 'their'} lr, or take back what else in the recipe is far from its "
+            "baseline. All other SAEs are trained, but for those that start from one of these"
+        )
 
 
 def stages(runs: list[TrainRun]) -> list[list[TrainRun]]:
@@ -379,6 +388,8 @@ class _Pupil:
         device: str,
     ) -> None:
         self.run, self.stream, self.step = run, stream, 0
+        self.diverged = False
+        """Whether its weights are not finite: it learns no more, and nothing of it is kept."""
         self.folder, self.device = run.folder(checkpoints), device
         self.again = run.done(checkpoints)
         """Whether it is trained for its snapshots alone."""
@@ -445,6 +456,8 @@ class _Pupil:
 
     def save(self) -> None:
         """The state of the training, written whole."""
+        if self._exported() is None:
+            return
         state = {
             "step": self.step,
             "training": self.training.state_dict(),
@@ -462,6 +475,8 @@ class _Pupil:
         What is trained again leaves its snapshots alone, and none where it has become another SAE: then False.
         """
         sae = self._exported()
+        if sae is None:
+            return True
         same = not self.again or _checksum(_content(sae)) == recorded_checksum(self.folder)
         if not self.again:
             write_checkpoint(self.folder, sae, self.run)
@@ -474,7 +489,8 @@ class _Pupil:
         """A snapshot of what is trained so far."""
         place = self.work / _SNAPSHOTS / str(tokens)
         seen = self.step * self.stream.batch_tokens
-        write_checkpoint(place, self._exported(), self.run, tokens_seen=seen)
+        if (sae := self._exported()) is not None:
+            write_checkpoint(place, sae, self.run, tokens_seen=seen)
 
     def _hand_over(self) -> None:
         """New snapshots move to where the finished SAE is."""
@@ -487,8 +503,8 @@ class _Pupil:
             place.parent.mkdir(exist_ok=True)
             made.rename(place)
 
-    def _exported(self) -> Dictionary:
-        """The SAE as it is now, of raw activations."""
+    def _exported(self) -> Dictionary | None:
+        """The SAE as it is now, of raw activations; None where it has diverged."""
         statistics = self.stream.statistics()
         read, predicted = (
             statistics[site].cpu() for site in (self.run.sae.site, self.run.sae.target)
@@ -496,11 +512,15 @@ class _Pupil:
         with torch.no_grad():
             sae = self.training.export().cpu()
             sae.fold(read, predicted)
-        if not all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
-            raise UserError(
-                f"training {self.run.sae.name} led to weights that are not finite; lower its lr"
+        if all(bool(torch.isfinite(w).all()) for w in sae.state_dict().values()):
+            return sae
+        if not self.diverged:
+            say(
+                f"{self.run.sae.name} has weights that are not finite at step {self.step} of "
+                f"{self.stream.steps} and learns no more"
             )
-        return sae
+        self.diverged = True
+        return None
 
     def _snapshots_until(self, step: int) -> bool:
         """Whether all that were to be made by this step are there."""
@@ -612,7 +632,8 @@ def _tidy(folder: Path, keep_retraining: bool) -> None:
         shutil.rmtree(folder / _RETRAINING)
 
 
-def _train_group(pupils: list[_Pupil], stream: Stream, device: str, what: str) -> None:
+def _train_group(pupils: list[_Pupil], stream: Stream, device: str, what: str) -> list[str]:
+    """Finishes all but those whose training diverges, whose names it gives."""
     first = min(pupil.step for pupil in pupils)
     if first:
         say(f"continuing at step {first} of {stream.steps}")
@@ -628,9 +649,11 @@ def _train_group(pupils: list[_Pupil], stream: Stream, device: str, what: str) -
         ahead = thread if alone and device.startswith("cuda") else None
         for step, batch in enumerate(stream.batches(first, ahead), first):
             for pupil in pupils:
-                if pupil.step == step:
+                if pupil.step == step and not pupil.diverged:
                     pupil.learn(batch)
             meter.advance(stream.batch_tokens)
+            if all(pupil.diverged for pupil in pupils):
+                break
             if time.monotonic() - saved > pause:
                 began = time.monotonic()
                 for pupil in pupils:
@@ -644,6 +667,7 @@ def _train_group(pupils: list[_Pupil], stream: Stream, device: str, what: str) -
             f"Nothing was overwritten. Delete {', '.join(str(pupil.folder) for pupil in differing)} to train anew with "
             "snapshots, or take training.snapshots out of the suite"
         )
+    return [pupil.run.sae.name for pupil in pupils if pupil.diverged]
 
 
 def _schedule(before: float, after: float, warmup: float, decay: float) -> float:

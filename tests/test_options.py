@@ -218,20 +218,25 @@ def test_p_falls_in_equal_stages(progress, p):
     assert toys.recipe("p_anneal", **stages).power(progress) == pytest.approx(p)
 
 
-def test_the_penalty_goes_on_where_it_was_at_every_stage(unsteered):
+@pytest.mark.parametrize(
+    ("steps", "stages"),
+    [(41, range(11)), (5, [0, 2, 5, 9, 10])],
+    ids=["each", "several at once"],
+)
+def test_the_penalty_goes_on_where_it_was_at_every_stage(steps, stages, unsteered):
     training, x = started("p_anneal", penalty=0.05), data()
     pre = (x @ training.encoder.T + training.b_enc).detach()
     f = pre.relu()
     error = float((x - f @ training.decoder.detach()).square().sum() / len(x))
     penalty = 0.05 * float(f.sum()) / len(x)  # as it is with p = 1
     powers, coefficients = [], []
-    for progress in np.linspace(0, 1, 41):
+    for progress in np.linspace(0, 1, steps):
         loss = training.loss(lesson("p_anneal", x, float(progress))).item()
         assert loss - error == pytest.approx(penalty, rel=1e-6)
         powers.append(round(training.p.item(), 6))
         coefficients.append(training.control.coefficient().item())
-    assert sorted(set(powers)) == pytest.approx(np.linspace(0.2, 1, 11))
-    assert len(set(coefficients)) == 11
+    assert sorted(set(powers)) == pytest.approx([1 - 0.08 * s for s in reversed(stages)])
+    assert len(set(coefficients)) == len(stages)
 
 
 @pytest.mark.parametrize("share", [1.0, -1.0], ids=["pairs", "everything"])

@@ -845,6 +845,24 @@ def test_weights_that_are_not_finite_are_refused(run: Run, write_suite: WriteSui
     assert place.weights() == {}
 
 
+def test_an_sae_that_diverges_leaves_the_others_trained(
+    finished: Finished, run: Run, write_suite: WriteSuite, place: Place
+):
+    shape = {"width": 32, "l0": 4}
+    good = {"variant": "relu", **shape, "lr": 0.01}
+    bad = {"variant": "topk", **shape, "lr": 1e38}
+    of_bad, of_good = ({"variant": "rescaled", **shape, "of": of} for of in ("topk", "relu"))
+    ended = run(write_suite(saes=[bad, good, of_bad]))
+    assert ended.code == 2
+    assert "training topk-w32-l4-s0 led to weights that are not finite; lower its lr" in ended.err
+    assert "has weights that are not finite at step 50 of 50 and learns no more" in ended.err
+    assert len(place.weights()) == 1
+    assert place.weights().items() <= finished.place.weights().items()
+    before = place.files("checkpoints")
+    assert run(write_suite(saes=[bad | {"lr": 0.01}, good, of_good])).code == 0
+    assert place.files("checkpoints").items() > before.items()
+
+
 # Reports and kept files
 
 

@@ -199,6 +199,37 @@ def test_weights_that_are_not_finite_are_never_kept(bench: Open):
     assert kept(given) == {}
 
 
+def test_what_has_diverged_learns_no_more_and_the_others_go_on(
+    bench: Open, monkeypatch: pytest.MonkeyPatch
+):
+    """It shows where the first snapshot is due, or the state is saved."""
+    bad = {"variant": "relu", "width": 32, "l0": 4, "lr": 1e38}
+    good = {"variant": "topk", "width": 32, "l0": 4}
+    alone = bench([128, 256], "alone", saes=[good])
+    weights = train(alone)
+    for snapshots, pause in (([128, 256], 1e9), ([], -1.0)):
+        given = bench(snapshots, f"with {len(snapshots)} snapshots", saes=[bad, good])
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="training relu-w32-l4"):
+            patch.setattr(trainer, "SECONDS_BETWEEN_SAVES", pause)
+            seen = learned_steps(patch)
+            train(given)
+        assert STEPS < len(seen) < 2 * STEPS
+        (done,) = (r for r in runs(given) if r.done(given.options.checkpoints))
+        folder = done.folder(given.options.checkpoints)
+        assert (folder / "sae.safetensors").read_bytes() == weights[done.sae.name]
+        assert kept(given) == (kept(alone) if snapshots else {})
+
+
+def test_nothing_is_read_for_saes_that_have_all_diverged(
+    bench: Open, monkeypatch: pytest.MonkeyPatch
+):
+    given = bench([128], saes=[{"variant": "relu", "width": 32, "l0": 4, "lr": 1e38}])
+    seen = learned_steps(monkeypatch)
+    with pytest.raises(UserError, match="not finite"):
+        train(given)
+    assert seen == [0, 1]
+
+
 # Stopped, and asked for later
 
 

@@ -303,6 +303,23 @@ def test_the_top_of_a_batch_is_that_of_a_full_sort_for_any_guess(pre, count, gue
         assert smallest.item() == expected[-1]
 
 
+@pytest.mark.parametrize(
+    ("guess", "sorted_values"),
+    [(0.0, [130]), (1.0, [129]), (100.0, [30]), (110.0, []), (111.0, [130])],
+)
+def test_only_what_is_above_the_guess_is_sorted_for_the_top_of_a_batch(
+    guess, sorted_values, monkeypatch
+):
+    """The 20 largest of the numbers from -129 to 130; too high a guess makes it look at all positive ones."""
+    pre, topk, sizes = torch.arange(-129.0, 131).view(N, WIDTH), torch.Tensor.topk, []
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda x, *a, **k: sizes.append(x.numel()) or topk(x, *a, **k)
+    )
+    chosen, smallest = sparse.top_of_batch(pre, 20, torch.tensor(guess))
+    assert (len(chosen.rows), smallest.item()) == (20, 111)
+    assert sizes == sorted_values
+
+
 def test_a_batch_without_anything_positive_has_no_top():
     guess = torch.tensor(0.3)
     chosen, smallest = sparse.top_of_batch(-torch.ones(2, 3), 4, guess)

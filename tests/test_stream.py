@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from saebench import suite
+from saebench import suite, trainer
 from saebench.errors import UserError
 from saebench.saes._dictionary import Scaling
 from saebench.suite import TrainedSAE
 from saebench.trainer import (
     Stream,
     TrainRun,
+    _Pupil,
     _schedule,
     learn,
     optimizer_of,
@@ -425,6 +426,7 @@ def test_the_optimiser_has_the_recipes_betas_and_every_parameter():
     (group,) = optimizer_of(training, recipe).param_groups
     assert (group["lr"], group["betas"]) == (0.25, (0.5, 0.75))
     assert len(group["params"]) == 6
+    assert group["fused"]  # a pass over the weights instead of one for each operation
 
 
 def test_the_model_may_read_ahead_and_the_batches_are_the_same():
@@ -436,9 +438,36 @@ def test_the_model_may_read_ahead_and_the_batches_are_the_same():
                 assert all(torch.equal(one[site], other[site]) for site in one)
 
 
-@pytest.mark.parametrize("variant", ["relu", "gated", "topk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize(
+    ("variant", "options", "precise"),
+    [
+        ("topk", {}, False),
+        ("jumprelu", {}, True),
+        ("transcoder", {}, False),
+        ("transcoder", {"activation": "jumprelu"}, True),
+        ("skip_transcoder", {"activation": "jumprelu"}, True),
+    ],
+)
+def test_what_asks_for_float32_reads_it_where_batches_are_in_bfloat16(
+    variant, options, precise, monkeypatch, tmp_path
+):
+    target = OTHER if variant in ("transcoder", "skip_transcoder") else SITE
+    one = run(8, SITE, target)
+    sae = one.sae._replace(recipe=toys.recipe(variant, **options), l0=2.0)
+    text, seen = stream(sites=(SITE, OTHER)), []
+    monkeypatch.setattr(trainer, "learn", lambda *given: seen.append(given[3]))
+    pupil = _Pupil(dataclasses.replace(one, sae=sae, dtype="bfloat16"), text, [], tmp_path, "cpu")
+    pupil.learn(next(text.batches(0)))
+    (lesson,) = seen
+    assert lesson.x.dtype == (torch.float32 if precise else torch.bfloat16)
+    assert lesson.target.dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", ["relu", "gated", "topk", "matryoshka", "jumprelu", "kl"])
 def test_batches_in_bfloat16_teach_nearly_the_same(variant):
-    """Pre-activations are rounded to 8 bits; weights, moments and the loss stay in float32."""
+    """Pre-activations are rounded to 8 bits, so that many are alike; weights, thresholds, moments and the loss stay in
+    float32.
+    """
     explained, tokens = [], 64 * 300
     recipe = suite.recipe(variant, {"lr": 0.01})
     for dtype in (torch.float32, torch.bfloat16):
@@ -450,7 +479,9 @@ def test_batches_in_bfloat16_teach_nearly_the_same(variant):
         assert {p.dtype for p in learner.training.parameters()} == {torch.float32}
         held_out = toys.sparse_data(1000, seed=1)
         sae = learner.training.export()
-        error = held_out - sae.decode(sae.encode(held_out))
+        z = sae.encode(held_out)
+        assert float((z != 0).sum()) / 1000 == pytest.approx(4, rel=0.1)
+        error = held_out - sae.decode(z)
         explained.append(1 - float(error.square().sum()) / 1000)
     assert explained[0] > 0.5
     assert explained[1] == pytest.approx(explained[0], abs=0.05)

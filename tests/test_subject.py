@@ -735,6 +735,12 @@ def test_a_random_model_runs_at_its_sites_and_touches_no_network(monkeypatch):
         ({"hidden_size": 17}, "'gpt_neox' is none that transformers knows: .*divisible"),
         ({"num_hidden_layer": 3}, "has no 'num_hidden_layer'; did you mean 'num_hidden_layers'"),
         ({"vocab_size": 1000}, "has 4096 tokens, but the config a vocab_size of 1000"),
+        ({"hidden_size": 0}, "could be made of the config of type 'gpt_neox': ZeroDivisionError"),
+        ({"hidden_act": "swisch"}, "could be made .* type 'gpt_neox': KeyError: 'swisch'"),
+        (
+            {"model_type": "llama", "pad_token_id": 5000},
+            "type 'llama': AssertionError: Padding_idx",
+        ),
     ],
 )
 def test_a_config_that_makes_no_language_model_is_refused(changes, message):

@@ -158,6 +158,7 @@ WRONG = {
     "recipe field of the wrong type": ("l0: 4}", "l0: 4, lr: fast}", 7, "saes.0.lr", ["'fast'"]),
     "negative recipe field": ("l0: 4}", "l0: 4, lr: -1.0}", 7, "saes.0.lr", ["-1.0", "than 0"]),
     "endless recipe field": ("l0: 4}", "l0: 4, lr: .inf}", 7, "saes.0.lr", ["inf", "finite"]),
+    "a number of yes": ("l0: 4}", "l0: 4, multi_topk: yes}", 7, "saes.0.multi_topk", ["True"]),
     "share above one": ("l0: 4}", "l0: 4, lr_decay: 1.5}", 7, "saes.0.lr_decay", ["1.5"]),
     "recipe field without values": ("l0: 4}", "l0: 4, lr: []}", 7, "saes.0.lr", ["empty"]),
     "negative width": ("width: 32", "width: -32", 7, "saes.0.width.0", ["-32"]),
@@ -444,6 +445,11 @@ BAD_RECIPES = {
         "",
         ["[0.25, 0.5]", "end with 1"],
     ),
+    "a prefix that is no number": (
+        f"variant: matryoshka, {SHAPE}, prefixes: [.nan, 1.0]",
+        "prefixes",
+        ["prefixes is (nan, 1.0)", "expected finite numbers"],
+    ),
     "annealing that ends before it starts": (
         f"variant: p_anneal, {SHAPE}, anneal_start: 0.5, anneal_end: 0.4",
         "",
@@ -476,6 +482,11 @@ BAD_RECIPES = {
         "predicts",
         ["remove predicts"],
     ),
+    "a target that is what is read": (
+        f"variant: skip_transcoder, {SHAPE}, reads: 1.mlp_in, predicts: blocks.1.mlp.hook_in",
+        "predicts",
+        ["reads 1.mlp_in and predicts the same", "name another site"],
+    ),
     "a target that is no site": (
         f"variant: transcoder, {SHAPE}, reads: 1.mlp_in, predicts: 1.mlp_outt",
         "predicts",
@@ -500,6 +511,13 @@ def test_bad_recipes_are_refused_with_their_line_before_a_model_is_loaded(
     assert message.startswith(f"{tmp_path / 'suite.yaml'}:7: {place}"), message
     for part in parts:
         assert part in message
+
+
+def test_what_is_wrong_with_several_fields_together_is_all_that_is_told(tmp_path):
+    """And not the value of every other field."""
+    message = refusal(tmp_path, with_saes(f"variant: matryoshka, {SHAPE}, prefixes: [8, 32]"))
+    told = "saes.0: variant matryoshka: prefixes are [8.0, 32.0]; expected ascending shares above 0 that end with 1"
+    assert message == f"{tmp_path / 'suite.yaml'}:7: {told}"
 
 
 def test_a_rescaled_sae_with_two_parents_is_refused(tmp_path: Path):

@@ -292,6 +292,21 @@ def gradients(training, lesson):
     return loss, {key: p.grad for key, p in training.named_parameters() if p.requires_grad}
 
 
+def test_a_step_has_one_dense_product_with_the_encoder_and_none_back_to_the_input(
+    case, monkeypatch
+):
+    """A gradient that goes through `x - b_dec` costs another product, for a bias alone."""
+    training, given = generic(case), lesson(case)
+    if not hasattr(training, "pre"):
+        pytest.skip("the encoder is another SAE's")
+    pre, products = training.pre, []
+    monkeypatch.setattr(training, "pre", lambda x: products.append(x) or pre(x))
+    x = given.x.requires_grad_(training.W_skip is None)
+    training.loss(given).backward()
+    assert len(products) == 1
+    assert x.grad is None
+
+
 def test_every_variant_has_a_reference():
     assert sorted([*REFERENCE, *TRANSCODERS]) == VARIANTS
 

@@ -82,9 +82,6 @@ class Variant(ABC):
     own_decoder: ClassVar[bool] = True
     """Whether its decoder is a matrix that is learned beside the encoder."""
 
-    float32: ClassVar[bool] = False
-    """Whether what the SAE reads stays in float32 where a suite asks for batches in bfloat16."""
-
     lr: Positive
     """Peak learning rate of Adam."""
     beta1: Annotated[float, Interval(ge=0, lt=1)]
@@ -97,6 +94,11 @@ class Variant(ABC):
     """Largest norm of the gradient of all parameters together."""
     input_noise: Annotated[float, Ge(0)]
     """Denoising: root mean square length of the Gaussian noise added to what the SAE reads, whose own is 1."""
+
+    @property
+    def float32(self) -> bool:
+        """Whether what the SAE reads stays in float32 where a suite asks for batches in bfloat16."""
+        return False
 
     def check(self, width: int, l0: float) -> None:
         """Raises `ValueError` where no SAE of this width can have this L0."""

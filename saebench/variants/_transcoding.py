@@ -21,5 +21,9 @@ class Transcoding(Variant):
         if self.inner.target != "any":
             raise ValueError(f"activation is {self.activation}, which cannot predict another site")
 
+    @property
+    def float32(self) -> bool:
+        return self.inner.float32
+
     def check(self, width: int, l0: float) -> None:
         self.inner.check(width, l0)

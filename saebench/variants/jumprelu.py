@@ -14,7 +14,7 @@ too, and p sum_i relu(threshold_i - pre_i) pulls silent latents back.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import torch
 from annotated_types import Ge
@@ -42,8 +42,6 @@ from saebench.variants._training import (
 class JumpReLU(Penalised):
     """`penalty` and `l0_descent` are for the option `tanh`, the quadratic loss has its own weight."""
 
-    float32: ClassVar[bool] = True  # which side of its threshold a latent is on
-
     threshold: Positive
     """Of every latent at the start; activations have unit mean square."""
     bandwidth: Positive
@@ -55,6 +53,10 @@ class JumpReLU(Penalised):
     tanh_scale: Positive
     pre_activation: Annotated[float, Ge(0)]
     """Coefficient p of the pull on silent latents, for `tanh`."""
+
+    @property
+    def float32(self) -> bool:
+        return True  # which side of its threshold a latent is on
 
     def start(self, task: Task) -> Training:
         return _Training(self, task)

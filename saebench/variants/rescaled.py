@@ -24,7 +24,10 @@ class Rescaled(Variant):
     target: ClassVar = "same"
     from_parent: ClassVar[bool] = True
     own_decoder: ClassVar = False
-    float32: ClassVar[bool] = True  # the parent's codes are those of its export
+
+    @property
+    def float32(self) -> bool:
+        return True  # the parent's codes are those of its export
 
     def start(self, task: Task) -> Training:
         return _Training(task)
