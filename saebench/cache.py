@@ -87,17 +87,24 @@ class ArrayWriter:
 
 @final
 class Cache:
-    """A folder of arrays and of small tensor dicts. Without a folder it keeps nothing."""
+    """A folder of arrays and of small tensor dicts. Without a folder it keeps nothing; one that cannot be written to is
+    read.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self._adds = False
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(folder)
+            self._adds = os.access(folder, os.W_OK | os.X_OK)
+            if self._adds:
+                _remove_abandoned(folder)
+            else:
+                _LOG.warning("%s cannot be written to: what it lacks is computed again", folder)
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether files of so many bytes would be kept, with 5 % to spare."""
-        if self.folder is None:
+        if self.folder is None or not self._adds:
             return False
         free = shutil.disk_usage(self.folder).free
         if free < n_bytes * _RESERVE:

@@ -441,6 +441,21 @@ def test_without_a_folder_nothing_is_kept():
     assert cache.tensors(SPEC) is None
 
 
+def test_a_folder_that_cannot_be_written_to_is_read_alone(tmp_path, monkeypatch, caplog):
+    array, other = written(tmp_path), SPEC | {"rows": 4}
+    abandoned = tmp_path / "x.npy.0.999999999.0.part"
+    abandoned.touch()
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda _path, _mode: False)  # permissions bind no superuser
+    cache = Cache(tmp_path)
+    assert torch.equal(cache.array(SPEC, (6, 4), torch.float32), array)
+    with cache.writing(other, (6, 4), torch.float32) as writer:
+        assert writer is None
+    cache.keep_tensors(other, {"x": torch.ones(1)})
+    assert sorted(tmp_path.iterdir()) == before
+    assert "cannot be written to" in caplog.text
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
