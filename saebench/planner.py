@@ -31,7 +31,7 @@ from torch import Tensor
 
 from saebench import registry, results, runner, trainer
 from saebench.cache import Cache
-from saebench.progress import Meter
+from saebench.progress import Meter, several
 from saebench.runner import GROUP, Options, PlannedControl, Workbench, subject_of
 from saebench.subject import LoadedModel, random_text
 from saebench.suite import Suite, TrainedSAE
@@ -684,16 +684,16 @@ def _what(work: Work) -> list[str]:
             "trained or scored already is not known"
         )
     lines.append(
-        f"to train: {len(work.missing)} of {len(work.chosen)} SAEs in {len(work.groups)} passes of "
-        f"{work.steps} steps"
+        f"to train: {len(work.missing)} of {several(len(work.chosen), 'SAE')}, {work.steps:,} steps each, in "
+        f"{several(len(work.groups), 'group')}"
     )
     for number, group in enumerate(work.groups, 1):
         size = _group_bytes(work, group)
         fits = "" if size <= budget else ", more than there is for it"
         lines.append(
-            f"  group {number}: {len(group)} SAEs, {_gib(size)}{fits}, 1 pass over the language model"
+            f"  group {number}: {several(len(group), 'SAE')}, {_gib(size)}{fits}, 1 pass over the language model"
         )
-    return [*lines, f"to score: {len(work.scored)} SAEs, controls included"]
+    return [*lines, f"to score: {several(len(work.scored), 'SAE')}, controls included"]
 
 
 def _memory(work: Work) -> list[str]:

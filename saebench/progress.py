@@ -11,6 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def several(n: int, what: str) -> str:
+    """1 SAE, 2 SAEs."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 class Meter:
     """Counts `total` pieces of work, with rate and time left. A context manager."""
 

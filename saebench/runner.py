@@ -38,7 +38,7 @@ from saebench.lab import ModelLab
 from saebench.loaders._files import Limits
 from saebench.loaders._loader import Member, Told
 from saebench.loaders._native import read_native
-from saebench.progress import Meter, say
+from saebench.progress import Meter, say, several
 from saebench.reliability.files import applying
 from saebench.rescaling import LabInUnit, SubjectInUnit
 from saebench.results import Entry, Omission, ScoreRow
@@ -505,7 +505,9 @@ def run(suite: Suite, suite_file: Path, options: Options) -> int:
         bench.train(with_parents([r for r in trained if chosen(r.sae.name, options.only)]))
         missing = sum(not r.done(options.checkpoints) for r in trained)
         if missing:
-            say(f"{missing} SAEs that --only leaves out are not trained yet, and not in the tables")
+            say(
+                f"left out by --only, not trained yet and not in the tables: {several(missing, 'SAE')}"
+            )
         candidates = bench.candidates()
         if not any(chosen(candidate.name, options.only) for candidate in candidates):
             left = ", ".join(r.sae.name for r in trained if not r.done(options.checkpoints))
@@ -621,7 +623,7 @@ def _score_stream(bench: Workbench, runs: Sequence[EvalRun]) -> int:
         by_place.setdefault(place, {}).setdefault(candidate.name, []).append(run_)
     n_saes = sum(map(len, by_place.values()))
     tokens = bench.stage.subject.n_tokens
-    with Meter(f"scoring {n_saes} SAEs", n_saes * tokens, "tokens") as meter:
+    with Meter(f"scoring {several(n_saes, 'SAE')}", n_saes * tokens, "tokens") as meter:
         for saes in by_place.values():
             jobs = list(saes.values())
             for start in range(0, len(jobs), GROUP):
@@ -639,7 +641,9 @@ def _score_texts(bench: Workbench, runs: Sequence[EvalRun]) -> int:
         by_sae.setdefault(run_.candidate.name, []).append(run_)
         with failures.noting([run_]):
             bench.prepared(_own_text(run_), run_.candidate)
-    with Meter(f"scoring {len(by_sae)} SAEs on texts of evals", len(runs), "runs") as meter:
+    with Meter(
+        f"scoring {several(len(by_sae), 'SAE')} on texts of evals", len(runs), "runs"
+    ) as meter:
         for job in by_sae.values():
             left = [run_ for run_ in job if not failures.has([run_])]
             with failures.noting(left):

@@ -32,7 +32,7 @@ import saebench
 from saebench import results
 from saebench.errors import UserError
 from saebench.loaders._native import FORMAT, read_native
-from saebench.progress import Meter, say
+from saebench.progress import Meter, say, several
 from saebench.saes._dictionary import Dictionary, Scaling
 from saebench.suite import TrainedSAE, step_reaching
 from saebench.types import Site, Spec
@@ -318,7 +318,7 @@ def train_missing(
         if run.done(checkpoints):
             _tidy(run.folder(checkpoints), keep_retraining=run in missing)
     if again := sum(run.done(checkpoints) for run in missing):
-        say(f"{again} SAEs that are finished are trained again for their snapshots")
+        say(f"trained again for their snapshots: {several(again, 'finished SAE')}")
     diverged: list[str] = []
     for stage in stages(missing):
         possible = [run for run in stage if run.parent is None or run.parent.done(checkpoints)]
@@ -330,7 +330,7 @@ def train_missing(
                 [_Pupil(run, stream, snapshots, checkpoints, device) for run in group],
                 stream,
                 device,
-                f"training {len(group)} SAEs{which}",
+                f"training {several(len(group), 'SAE')}{which}",
             )
     if diverged:
         raise UserError(

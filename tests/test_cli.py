@@ -144,7 +144,7 @@ def test_a_suite_that_comes_along_is_found_by_its_name(
     (place.folder / "mine").mkdir()  # a folder of that name is no suite
     ended = saebench("run", "mine", "--dry-run", "--device", "cpu")
     assert ended.code == 0
-    assert "to train: 1 of 1 SAEs" in ended.out
+    assert "to train: 1 of 1 SAE," in ended.out
     assert saebench("list", "suites").out == f"{place.folder / 'along' / 'mine.yaml'}\n"
 
 
@@ -174,7 +174,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     path = write_suite()
     ended = run(path, "--dry-run")
     assert ended.code == 0
-    assert "to train: 1 of 1 SAEs in 1 passes of 50 steps" in ended.out
+    assert "to train: 1 of 1 SAE, 50 steps each, in 1 group\n" in ended.out
     assert "  train topk-w32-l4-s0" in ended.out
     assert "each is scored with: " + ", ".join(EVALS) in ended.out
     for cost in ("memory of cpu", "disk", "tokens", "floating-point operations", "time"):
@@ -188,7 +188,7 @@ def test_a_dry_run_knows_what_is_done(finished: Finished, run: Run):
     before = finished.place.files(".")
     ended = run(finished.suite, "--dry-run", "--only", "relu*", at=finished.place)
     assert ended.code == 0
-    assert "to train: 0 of 1 SAEs" in ended.out
+    assert "to train: 0 of 1 SAE," in ended.out
     assert "  done  relu-w32-l4-s0" in ended.out
     assert "to score: 0 SAEs" in ended.out
     assert "time: nothing is to be done" in ended.out
@@ -212,7 +212,7 @@ def test_check_says_what_a_suite_would_do(
     path = write_suite()
     ended = saebench("check", path, "--device", "cpu")
     assert ended.code == 0
-    assert "to train: 1 of 1 SAEs" in ended.out
+    assert "to train: 1 of 1 SAE," in ended.out
     assert list(place.folder.iterdir()) == [path]
 
 

@@ -325,7 +325,7 @@ def test_groups_that_memory_allows_change_no_weight(
     monkeypatch.setattr(trainer, "memory_for_training", lambda device: 1.0)
     relu = definition["saes"][0] | {"variant": "relu"}
     ended = run(write_suite(saes=[relu, *definition["saes"]]))
-    assert "training 1 SAEs (group 2 of 2)" in ended.err
+    assert "training 1 SAE (group 2 of 2)" in ended.err
     assert len(place.weights()) == 2
     assert place.weights().items() <= finished.place.weights().items()
 
@@ -333,7 +333,7 @@ def test_groups_that_memory_allows_change_no_weight(
 def test_a_part_and_then_the_whole_is_the_whole(finished: Finished, run: Run, place: Place):
     ended = run(finished.plain, "--only", "*topk*")
     assert ended.code == 0
-    assert "3 SAEs that --only leaves out are not trained yet" in ended.err
+    assert "left out by --only, not trained yet and not in the tables: 3 SAEs" in ended.err
     assert len(place.weights()) == 2
     scored = {file.partition("--")[0] for file in place.scores()}
     assert scored == {"topk-w32-l4-s0", "batch_topk-w32-l4-s0"}

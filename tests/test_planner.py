@@ -95,7 +95,7 @@ def test_a_public_suite_can_be_rehearsed(
     monkeypatch.setattr(trainer, "memory_for_training", lambda _device: float(whole))
     path = rehearsal(tmp_path, name)
     plan = planner.plan(suite.load(path), path, options)
-    assert "to train: 126 of 126 SAEs in 7 passes of 5 steps" in plan
+    assert "to train: 126 of 126 SAEs, 5 steps each, in 7 groups" in plan
     groups = [line for line in plan if line.startswith("  group")]
     size = f"{whole / GIB:,.2f} GiB"
     # 42 SAEs of each width, 64, 16 or 4 units large, into 504: 7 x 64 + 3 x 16 + 2 x 4 six times, then the rest.
@@ -188,7 +188,7 @@ def test_a_group_larger_than_the_memory_is_named(
     lines = planner._what(opened(path, options))
     larger = [line for line in lines if "more than there is for it" in line]
     assert len(larger) == 42  # each of the widest alone
-    assert all(": 1 SAEs, 2.00 GiB, " in line for line in larger)
+    assert all(": 1 SAE, 2.00 GiB, " in line for line in larger)
 
 
 def test_where_the_cache_has_no_room_the_text_is_read_for_every_group(

@@ -289,7 +289,7 @@ def test_snapshots_that_are_asked_for_later_are_those_of_a_training_that_knew(
     before = times(later)
     capfd.readouterr()
     train(bench([128, 320], controls=TRAINED_CONTROLS))
-    assert "finished are trained again for their snapshots" in capfd.readouterr().err
+    assert "trained again for their snapshots: " in capfd.readouterr().err
     assert kept(later) == kept(knew)
     assert times(later) == before
     assert not list(later.options.checkpoints.rglob("retraining"))
@@ -362,8 +362,8 @@ def test_a_plan_counts_what_is_trained_again_for_its_snapshots(
         return saebench(*place.arguments(write_suite(training=training)), "--dry-run").out
 
     assert saebench(*place.arguments(write_suite())).code == 0
-    assert "to train: 0 of 1 SAEs" in planned([])
-    assert "to train: 1 of 1 SAEs" in planned([640])
+    assert "to train: 0 of 1 SAE," in planned([])
+    assert "to train: 1 of 1 SAE," in planned([640])
 
 
 # As candidates
