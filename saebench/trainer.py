@@ -229,6 +229,7 @@ class Stream:
             yield {
                 site: statistics[site].apply(x[picked.to(x.device)]) for site, x in block.items()
             }
+            self._passages.clear()  # the step is over
 
     def sequences(
         self, step: int
@@ -242,9 +243,7 @@ class Stream:
     def passage(self, site: Site, step: int) -> Passage:
         """Those sequences on their way through the model: the same for all SAEs of a step."""
         if (site, step) not in self._passages:
-            others = {key: kept for key, kept in self._passages.items() if key[1] == step}
-            here = self.subject.passage(site, *self.sequences(step))
-            self._passages = others | {(site, step): here}
+            self._passages[site, step] = self.subject.passage(site, *self.sequences(step))
         return self._passages[site, step]
 
     def statistics(self) -> dict[Site, Scaling]:
